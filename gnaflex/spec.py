@@ -147,7 +147,7 @@ def _nearest(length: int, window: int, stride: int, dilation: int | str, is_caus
     its own, for the remedy of a message."""
     length = max(length, 1)
     if dilation == "max":
-        dilation = 1 if window == -1 else length // min(max(window, 1), length)
+        dilation = 1 if window == -1 else length // max(window, 1)
     assert isinstance(dilation, int)
     dilation = min(max(dilation, 1), length)
     if not 1 <= window <= length:

@@ -295,6 +295,7 @@ def source(spec: GNA) -> str:
           hi(i) = 4*⌊i/4⌋ + 4
           def window0(i): return 4*(i // 4), 4*(i // 4) + 4
           - stride == window divides the length: blocked attention
+          - min(., 7) never binds: at most 6
           - min(., 4) never binds: at most 4
           - max(., 0) never binds: at least 0
         <BLANKLINE>

@@ -1,0 +1,20 @@
+"""Generalized Neighborhood Attention compiled into PyTorch FlexAttention, exactly and in milliseconds."""
+
+from gnaflex.flex import block_mask, permute, spec_of, unpermute
+from gnaflex.mask import mask_mod, score_mod
+from gnaflex.reference import reference_attention
+from gnaflex.spec import GNA, GNAError
+from gnaflex.window import source
+
+__all__ = [
+    "GNA",
+    "GNAError",
+    "block_mask",
+    "mask_mod",
+    "permute",
+    "reference_attention",
+    "score_mod",
+    "source",
+    "spec_of",
+    "unpermute",
+]

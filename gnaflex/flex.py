@@ -1,0 +1,278 @@
+"""A problem and a token order to a FlexAttention ``BlockMask``; and back to the problem."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask
+
+from gnaflex import blocks
+from gnaflex.layout import Layout, from_order, to_order
+from gnaflex.mask import PADDED_TO, Form, MaskMod, MaskRecord, build, choose_form, resolve_device
+from gnaflex.spec import GNA, GNAError
+
+
+DEFAULT_BLOCK = 128
+# The CPU kernel needs lists as wide as there are blocks. Elsewhere narrow lists do, but wide ones keep one
+# shape, hence one compiled graph, for all windows: take them while they are small.
+FULL_WIDTH_BYTES = {"cpu": 4 * 2**30}
+FULL_WIDTH_BYTES_ELSEWHERE = 64 * 2**20
+
+
+def block_mask(
+    shape: int | Sequence[int] | GNA,
+    window: int | Sequence[int] | None = None,
+    stride: int | Sequence[int] = 1,
+    dilation: int | str | Sequence[int | str] = 1,
+    is_causal: bool | Sequence[bool] = False,
+    *,
+    q_tile: Sequence[int] | None = None,
+    kv_tile: Sequence[int] | None = None,
+    block_size: int | tuple[int, int] | None = None,
+    device: torch.device | str | None = None,
+    form: Form = "auto",
+    full_width: bool | None = None,
+) -> BlockMask:
+    """Compile a problem into a FlexAttention ``BlockMask``, exactly, without the N x N mask.
+
+    Without tiles the tokens are row-major (last axis fastest), as users pass them to ``flex_attention``.
+    With tiles the order is tile-major: dilation group by group, padded to whole query tiles; bring tensors
+    into it with :func:`permute` and back with :func:`unpermute`.
+
+    Args:
+        shape: tokens per axis, or a :class:`GNA` (then the problem is complete).
+        window, stride, dilation, is_causal: the problem, as in :class:`GNA`.
+        q_tile, kv_tile: tokens per axis of a query and a key tile; one alone serves for both. ``q_tile`` is
+            a whole multiple of ``kv_tile`` on every axis, so that one order serves q, k, v and the output.
+        block_size: tokens per block, one number or (query, key); 128 by default. With tiles it follows from
+            them, and may be given only if it agrees.
+        device: where the mask lives; None is the current accelerator or the CPU, as in ``create_block_mask``.
+        form: the form of the mask_mod, see :func:`mask_mod`.
+        full_width: block lists as wide as the mask has blocks (True), as narrow as the longest row (False),
+            or as the device wants them (None: wide on a CPU, whose kernel needs it, up to 4 GiB in all;
+            wide elsewhere while below 64 MiB, which keeps one compiled graph for all windows).
+
+    Returns:
+        A ``BlockMask`` with forward and transposed lists, full blocks apart from partial ones, ``seq_lengths``
+        (padded when tile-major) and the complete mask as ``mask_mod``. :func:`spec_of` returns its problem.
+
+    Raises:
+        GNAError: the problem, the tiles or the form is refused; the message says why and what to write.
+
+    Example:
+        >>> import gnaflex
+        >>> bm = gnaflex.block_mask((8, 16, 16), window=(4, 8, 8), stride=(4, 8, 8), device="cpu")
+        >>> bm.shape
+        (1, 1, 2048, 2048)
+        >>> gnaflex.block_mask((8, 16, 16), (4, 8, 8), (4, 8, 8), q_tile=(2, 8, 8), device="cpu").sparsity()
+        87.5
+    """
+    spec = as_spec(shape, window, stride, dilation, is_causal)
+    layout = make_layout(spec, q_tile, kv_tile)
+    size = _block_size(layout, block_size)
+    record = MaskRecord(layout, choose_form(layout, form), size, full_width)
+    return compile_mask(record, resolve_device(device))
+
+
+def as_spec(
+    shape: int | Sequence[int] | GNA, window: Any, stride: Any = 1, dilation: Any = 1, is_causal: Any = False
+) -> GNA:
+    """The problem from either way to give it."""
+    if not isinstance(shape, GNA):
+        if window is None:
+            raise GNAError("window is missing. Write block_mask(shape, window), or block_mask(GNA(...)).")
+        return GNA(shape, window, stride, dilation, is_causal)
+    if (window, stride, dilation, is_causal) != (None, 1, 1, False):
+        raise GNAError(
+            f"a GNA is the whole problem: got {shape!r} and window, stride, dilation or is_causal beside it.\n"
+            "  Write block_mask(spec), or block_mask(spec.shape, window, ...)."
+        )
+    return shape
+
+
+def make_layout(spec: GNA, q_tile: Sequence[int] | None, kv_tile: Sequence[int] | None) -> Layout:
+    """The token order that the tiles ask for, checked."""
+    q_tile, kv_tile = q_tile or kv_tile, kv_tile or q_tile
+    if q_tile is None or kv_tile is None:
+        return Layout(spec)
+    tiles = []
+    for name, tile in (("q_tile", q_tile), ("kv_tile", kv_tile)):
+        extents = tuple(int(extent) for extent in tile)
+        if len(extents) != spec.rank or min(extents) < 1:
+            raise GNAError(
+                f"{name} must have one positive extent per axis: got {name}={extents} for {spec.rank} axes.\n"
+                f"  shape={spec.shape}. Write {name}={(1,) * (spec.rank - 1) + (DEFAULT_BLOCK,)}, say."
+            )
+        tiles.append(extents)
+    for axis, (q, kv) in enumerate(zip(*tiles, strict=True)):
+        if q % kv:
+            fixed = tuple(-(-a // b) * b for a, b in zip(*tiles, strict=True))
+            raise GNAError(
+                f"q_tile must be a whole multiple of kv_tile: axis {axis} has q_tile={q}, kv_tile={kv}.\n"
+                f"  q_tile={tiles[0]}, kv_tile={tiles[1]}. Write q_tile={fixed}, kv_tile={tiles[1]}."
+            )
+    return Layout(spec, *tiles)
+
+
+def _block_size(layout: Layout, block_size: int | tuple[int, int] | None) -> tuple[int, int]:
+    given = (block_size, block_size) if isinstance(block_size, int) else block_size
+    if layout.q_tile is None:
+        size = tuple(int(n) for n in given) if given else (DEFAULT_BLOCK, DEFAULT_BLOCK)
+        if len(size) != 2 or min(size) < 1:
+            raise GNAError(f"block_size must be a positive int, or two: got {block_size!r}. Write block_size=128.")
+        return size[0], size[1]
+    q, kv = (math.prod(tile) for tile in layout.tiles)
+    if given is not None and tuple(given) != (q, kv):
+        raise GNAError(
+            f"block_size must agree with the tiles: got {block_size!r}, but q_tile={layout.q_tile} and "
+            f"kv_tile={layout.kv_tile} hold {q} and {kv} tokens.\n  Leave block_size out."
+        )
+    return q, kv
+
+
+def compile_mask(record: MaskRecord, device: torch.device) -> BlockMask:
+    """The BlockMask of a record, on a device."""
+    layout, size = record.layout, record.block_size
+    assert size is not None
+    lists = _block_lists(layout, size, record.full_width, device)
+    mod = build(record, device, math.lcm(*size, PADDED_TO) if max(size) <= 1024 else math.lcm(*size))
+    names = ("kv", "full_kv", "q", "full_q")
+    tensors: dict[str, Tensor] = {}
+    # Tensors made under inference_mode, or while tracing, could not be used in training later on.
+    with torch.inference_mode(False), torch.utils._python_dispatch._disable_current_modes():
+        for name, one in zip(names, lists, strict=True):
+            tensors[f"{name}_num_blocks"] = torch.from_numpy(one.counts)[None, None].to(device)
+            tensors[f"{name}_indices"] = torch.from_numpy(one.indices)[None, None].to(device)
+    return _assemble(record, tensors, mod)
+
+
+def _block_lists(
+    layout: Layout, size: tuple[int, int], full_width: bool | None, device: torch.device
+) -> list[blocks.Lists]:
+    pending: list[blocks.Pending] = []
+    for inverse in (False, True):
+        if layout.q_tile is None:
+            pending += blocks.row_major(layout.spec, *size, inverse)
+        else:
+            pending += blocks.tile_major(layout.spec, *layout.tiles, inverse)
+    if full_width is None:
+        most = FULL_WIDTH_BYTES.get(device.type, FULL_WIDTH_BYTES_ELSEWHERE)
+        full_width = sum(4 * len(one.counts) * one.columns for one in pending) <= most
+    return blocks.written(pending, full_width)
+
+
+def _assemble(record: MaskRecord, tensors: dict[str, Tensor], mod: MaskMod) -> BlockMask:
+    tokens = record.layout.num_tokens
+    assert record.block_size is not None
+    bm = BlockMask(seq_lengths=(tokens, tokens), BLOCK_SIZE=record.block_size, mask_mod=mod, **tensors)
+    # torch's own .to() would leave the tables that mask_mod captures behind. A subclass would not survive
+    # torch (pytree registration, copies), an attribute of the instance does no harm where it is lost.
+    bm.to = functools.partial(_moved, record, tensors, mod)  # type: ignore[method-assign]
+    return bm
+
+
+def _moved(record: MaskRecord, tensors: dict[str, Tensor], mod: MaskMod, device: torch.device | str) -> BlockMask:
+    moved = {name: tensor.to(device) for name, tensor in tensors.items()}
+    if all(moved[name] is tensors[name] for name in tensors):
+        return _assemble(record, tensors, mod)
+    size = record.block_size
+    assert size is not None
+    return _assemble(record, moved, build(record, moved["kv_indices"].device, math.lcm(*size, PADDED_TO)))
+
+
+# ---- back to the problem -----------------------------------------------------------------------------
+
+
+def record_of(bm: BlockMask) -> MaskRecord | None:
+    """The record of a mask of ours, None for any other mask; refuses one that was resized or sliced."""
+    record = getattr(bm.mask_mod, "gnaflex", None)
+    if getattr(bm.mask_mod, "__name__", "") == "_sliced_mask_mod_error":
+        raise GNAError(
+            "this BlockMask was sliced, which loses its mask_mod (a rule of torch).\n"
+            "  Use the mask itself: it holds for every batch entry and head."
+        )
+    if not isinstance(record, MaskRecord) or record.block_size is None:
+        return None
+    tokens = record.layout.num_tokens
+    rows, columns = (-(-tokens // size) for size in record.block_size)
+    found = (tuple(bm.seq_lengths), tuple(bm.BLOCK_SIZE), tuple(bm.kv_num_blocks.shape))
+    made = ((tokens, tokens), record.block_size, (1, 1, rows))
+    if found != made or bm.kv_indices.shape[-1] > columns:
+        raise GNAError(
+            f"this BlockMask was changed after it was made: (seq_lengths, BLOCK_SIZE, rows) is {found}, it was "
+            f"{made}.\n  Build one for the new size: block_mask(...) takes milliseconds."
+        )
+    return record
+
+
+def layout_of(bm: BlockMask) -> Layout:
+    """The token order of a mask of ours."""
+    record = record_of(bm)
+    if record is None:
+        raise GNAError("this BlockMask was not made by gnaflex. Write bm = gnaflex.block_mask(shape, window, ...).")
+    return record.layout
+
+
+def spec_of(bm: BlockMask) -> GNA:
+    """The problem that a BlockMask of :func:`block_mask` was compiled from.
+
+    It survives ``bm.to(device)``, copies, pytree round trips and ``torch.compile``.
+
+    Raises:
+        GNAError: the mask was made by something else, or was resized or sliced since.
+
+    Example:
+        >>> import gnaflex
+        >>> gnaflex.spec_of(gnaflex.block_mask((16, 16), window=8, stride=4, device="cpu"))
+        GNA(shape=(16, 16), window=(8, 8), stride=(4, 4))
+    """
+    return layout_of(bm).spec
+
+
+def permute(x: Tensor, bm: BlockMask, dim: int = -2) -> Tensor:
+    """Row-major tokens to the order of a mask: x [..., tokens, head_dim] to [..., padded tokens, head_dim].
+
+    Padding is zero. Differentiable; :func:`unpermute` is the exact inverse. A row-major mask changes nothing.
+
+    Args:
+        x: any dtype and device, tokens along ``dim``.
+        bm: a mask of :func:`block_mask`.
+        dim: where the tokens lie; -2 suits [batch, heads, tokens, head_dim].
+
+    Raises:
+        GNAError: the number of tokens does not fit the mask, or the mask is not gnaflex's.
+
+    Example:
+        >>> import torch, gnaflex
+        >>> bm = gnaflex.block_mask((5, 6), window=3, q_tile=(2, 4), device="cpu")
+        >>> x = torch.randn(1, 2, 30, 8)
+        >>> y = gnaflex.permute(x, bm)
+        >>> y.shape, torch.equal(gnaflex.unpermute(y, bm), x)
+        (torch.Size([1, 2, 48, 8]), True)
+    """
+    return to_order(x, layout_of(bm), dim)
+
+
+def unpermute(x: Tensor, bm: BlockMask, dim: int = -2) -> Tensor:
+    """The exact inverse of :func:`permute`: tokens in the order of a mask back to row-major, pads dropped."""
+    return from_order(x, layout_of(bm), dim)
+
+
+def listed_blocks(record: MaskRecord) -> int:
+    """How many blocks the forward lists of a mask hold, without writing them."""
+    assert record.block_size is not None
+    layout = record.layout
+    grid = (
+        blocks.row_major(layout.spec, *record.block_size)
+        if layout.q_tile is None
+        else blocks.tile_major(layout.spec, *layout.tiles)
+    )
+    return int(sum(np.sum(one.counts) for one in grid))
+
+

@@ -1,0 +1,533 @@
+"""The oracle against a more literal reading of the definition, facts free of any oracle, and NATTEN."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import random
+
+import pytest
+import torch
+from cases import NATTEN_CASES, all_1d, causal_variants, random_spec, specs, with_causal
+from hypothesis import given, settings
+
+from gnaflex import reference
+from gnaflex.reference import allowed_keys, dense_mask, reference_attention
+from gnaflex.spec import GNA, Axis, GNAError
+
+EPS = torch.finfo(torch.float64).eps
+
+
+def pair_is_allowed(axis: Axis, x: int, y: int) -> bool:
+    """The definition on one axis, line by line, for one pair of tokens."""
+    L, w, s, d, is_causal = axis
+    g, i = x % d, x // d
+    n = math.ceil((L - g) / d)
+    if y % d != g:
+        return False
+    j = y // d
+    base = i - (i % s)
+    if is_causal:
+        leader = min(base + s - 1, n - 1)
+        return max(leader - w + 1, 0) <= j <= i
+    leader = min(base + s // 2, n - 1)
+    lo = min(max(leader - w // 2, 0), n - w)
+    return lo <= j < lo + w
+
+
+def coordinates(shape):
+    return list(itertools.product(*map(range, shape)))
+
+
+def literal_mask(spec: GNA) -> list[list[bool]]:
+    grid = coordinates(spec.shape)
+    return [[all(map(pair_is_allowed, spec.axes, query, key)) for key in grid] for query in grid]
+
+
+def key_lists(spec: GNA) -> list[set[int]]:
+    return [allowed_keys(spec, query) for query in range(spec.num_tokens)]
+
+
+def mixed_specs(count: int, max_tokens: int, ranks=(1, 2, 3, 4), seed: int = 0) -> list[GNA]:
+    rng = random.Random(seed)
+    return [random_spec(rng, rank, max_tokens) for rank in ranks for _ in range(count)]
+
+
+def draw(mask: torch.Tensor) -> str:
+    return "\n".join("".join("█" if seen else "·" for seen in row) for row in mask.tolist())
+
+
+# ------------------------------------------------------------------------------------------------ the mask
+
+
+def test_every_small_axis_follows_the_definition():
+    for spec in all_1d(11):
+        (axis,) = spec.axes
+        for query, keys in enumerate(key_lists(spec)):
+            assert keys == {key for key in range(axis.length) if pair_is_allowed(axis, query, key)}, spec
+
+
+def test_random_grids_follow_the_definition():
+    for spec in mixed_specs(25, 60):
+        assert dense_mask(spec).tolist() == literal_mask(spec), spec
+
+
+@settings(max_examples=40, deadline=None)
+@given(specs(max_tokens=80))
+def test_dense_mask_holds_the_allowed_keys(spec):
+    mask = dense_mask(spec)
+    assert mask.dtype == torch.bool
+    assert mask.device.type == "cpu"
+    assert [set(row.nonzero().flatten().tolist()) for row in mask] == key_lists(spec)
+
+
+GOLDENS = {
+    GNA(6, 3): """
+███···
+███···
+·███··
+··███·
+···███
+···███""",
+    GNA(7, 4, 2): """
+████···
+████···
+·████··
+·████··
+···████
+···████
+···████""",
+    GNA(7, 4, 2, is_causal=True): """
+█······
+██·····
+███····
+████···
+··███··
+··████·
+···████""",
+    GNA(7, 2, dilation=2): """
+█·█····
+·█·█···
+█·█····
+·█·█···
+··█·█··
+···█·█·
+····█·█""",
+}
+
+
+@pytest.mark.parametrize("spec", GOLDENS, ids=str)
+def test_masks_derived_by_hand(spec):
+    assert draw(dense_mask(spec)) == GOLDENS[spec].strip()
+
+
+def test_queries_outside_the_grid_are_refused():
+    for query in (-1, 6):
+        with pytest.raises(GNAError, match=rf"query={query}, num_tokens=6.\n  Use .* range\(6\)"):
+            allowed_keys(GNA((2, 3), 1), query)
+
+
+def test_a_mask_that_would_not_fit_is_refused():
+    video = GNA((30, 48, 80), window=(18, 24, 24), stride=(16, 8, 8))
+    with pytest.raises(GNAError) as refusal:
+        dense_mask(video)
+    assert str(refusal.value) == (
+        "a dense mask must not exceed 4,000,000,000 pairs: 115,200 tokens make 13,271,040,000.\n"
+        "  It needs 13.3 GB. Use allowed_keys(spec, query)."
+    )
+    assert len(allowed_keys(video, 57_600)) == math.prod(video.window)
+
+
+# ------------------------------------------------------------------------------ facts free of any oracle
+
+
+def groups(axis: Axis):
+    return [range(group, axis.length, axis.dilation) for group in range(axis.dilation)]
+
+
+def test_the_window_that_is_the_shape_is_dense():
+    for spec in mixed_specs(10, 60):
+        stride = tuple(min(2, length) for length in spec.shape)
+        assert dense_mask(GNA(spec.shape, window=-1, stride=stride)).all()
+
+
+def test_a_causal_window_that_is_the_axis_is_the_lower_triangle():
+    for length in range(1, 12):
+        for stride in range(1, length + 1):
+            mask = dense_mask(GNA(length, length, stride, is_causal=True))
+            assert torch.equal(mask, torch.ones(length, length, dtype=torch.bool).tril())
+
+
+def test_stride_equal_to_a_window_that_divides_the_shape_is_blocked():
+    shape, window = (8, 6, 3), (4, 2, 3)
+    blocks = [tuple(c // w for c, w in zip(at, window, strict=True)) for at in coordinates(shape)]
+    same = torch.tensor([[mine == other for other in blocks] for mine in blocks])
+    assert torch.equal(dense_mask(GNA(shape, window, stride=window)), same)
+
+
+def test_every_query_sees_the_whole_window_if_no_axis_is_causal():
+    for spec in mixed_specs(25, 100):
+        spec = with_causal(spec, (False,) * spec.rank)
+        assert (dense_mask(spec).sum(1) == math.prod(spec.window)).all(), spec
+
+
+def test_a_causal_query_sees_itself_and_nothing_behind():
+    for spec in mixed_specs(25, 60):
+        spec = with_causal(spec, (True,) * spec.rank)
+        grid = coordinates(spec.shape)
+        for query, keys in enumerate(key_lists(spec)):
+            assert query in keys
+            assert all(key <= mine for at in keys for key, mine in zip(grid[at], grid[query], strict=True))
+
+
+def test_permuting_the_axes_permutes_the_mask():
+    rng = random.Random(1)
+    for spec in mixed_specs(15, 60, ranks=(2, 3, 4)):
+        order = rng.sample(range(spec.rank), spec.rank)
+        permuted = GNA(*(zip(*(spec.axes[axis] for axis in order), strict=True)))
+        grid = dense_mask(spec).reshape(spec.shape * 2)
+        grid = grid.permute(*order, *(spec.rank + axis for axis in order))
+        assert torch.equal(grid.reshape(spec.num_tokens, -1), dense_mask(permuted)), (spec, order)
+
+
+def test_reflection_of_an_axis_with_odd_window_and_stride():
+    reflected = 0
+    for spec in all_1d(15):
+        (axis,) = spec.axes
+        fits = axis.stride == 1 or (
+            axis.stride % 2 == 1 and all(n % axis.stride == 0 for n in axis.group_lengths)
+        )
+        if axis.window % 2 == 1 and not axis.is_causal and fits:
+            mask = dense_mask(spec)
+            assert torch.equal(mask, mask.flip(0, 1)), spec
+            reflected += 1
+    assert reflected > 100
+
+
+def test_windows_are_intervals_that_move_forward_without_gaps():
+    for spec in all_1d(12):
+        (axis,) = spec.axes
+        for group in groups(axis):
+            windows = [sorted(group.index(key) for key in allowed_keys(spec, query)) for query in group]
+            for window in windows:
+                assert window == list(range(window[0], window[-1] + 1)), spec
+            for before, after in itertools.pairwise(windows):
+                assert before[0] <= after[0] <= before[-1] + 1, spec
+                assert before[-1] <= after[-1], spec
+
+
+def inverse_window(axis: Axis, n: int, j: int) -> range:
+    """The queries of a dilation group of length n that see key j, from the closed formulas."""
+    w, s = axis.window, axis.stride
+    wl, wr, off = w // 2, w // 2 + w % 2 - 1, s - s // 2 - 1
+    if axis.is_causal:
+        return range(j, min(((j + w) // s + (j + w >= n)) * s, n))
+    start = 0 if j < w else (j - wr + off) // s * s
+    end = n if j >= n - w else (j + wl + off + 1) // s * s
+    return range(start, end)
+
+
+def test_inverse_windows_follow_their_formulas():
+    for spec in all_1d(13):
+        (axis,) = spec.axes
+        keys = key_lists(spec)
+        for group in groups(axis):
+            for j, key in enumerate(group):
+                seen_by = [i for i, query in enumerate(group) if key in keys[query]]
+                assert seen_by == list(inverse_window(axis, len(group), j)), (spec, key)
+
+
+# ------------------------------------------------------------------------------------------- the attention
+
+
+def tensors(spec: GNA, batch=1, heads=2, kv_heads=None, dim=4, value_dim=None, dtype=torch.float64, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    sizes = ((heads, dim), (kv_heads or heads, dim), (kv_heads or heads, value_dim or dim))
+    return [torch.randn(batch, *spec.shape, *size, generator=generator, dtype=dtype) for size in sizes]
+
+
+def attend(spec: GNA, query, key, value, **options):
+    return reference_attention(
+        query, key, value, spec.window, spec.stride, spec.dilation, spec.is_causal, **options
+    )
+
+
+def heads_first(x):
+    return x.flatten(1, -3).transpose(1, 2)
+
+
+def sdpa(mask, query, key, value, scale=None):
+    output = torch.nn.functional.scaled_dot_product_attention(
+        *map(heads_first, (query, key, value)), attn_mask=mask, scale=scale, enable_gqa=True
+    )
+    return output.transpose(1, 2).unflatten(1, query.shape[1:-2])
+
+
+def masked_scores(mask, query, key, scale=None):
+    key = key.repeat_interleave(query.shape[-2] // key.shape[-2], -2)
+    scores = heads_first(query) @ heads_first(key).mT * (query.shape[-1] ** -0.5 if scale is None else scale)
+    return scores.masked_fill(~mask, -torch.inf)
+
+
+def assert_equal_but_for_rounding(got, want, spec: GNA, sums: int = 1):
+    """Equal in float64 but for one rounding per key and channel, in each of so many nested sums."""
+    budget = sums * 8 * spec.num_tokens * EPS
+    torch.testing.assert_close(got, want, rtol=budget, atol=budget)
+
+
+@pytest.mark.parametrize("kv_heads", [6, 3, 1])
+@pytest.mark.parametrize("scale", [None, 0.3, 0.0])
+def test_attention_is_sdpa_under_the_dense_mask(kv_heads, scale):
+    for spec in mixed_specs(3, 70, seed=kv_heads):
+        query, key, value = tensors(spec, batch=2, heads=6, kv_heads=kv_heads, dim=5, value_dim=3)
+        mask = dense_mask(spec)
+        output, lse = attend(spec, query, key, value, scale=scale, return_lse=True)
+        assert output.shape == (2, *spec.shape, 6, 3)
+        assert_equal_but_for_rounding(output, sdpa(mask, query, key, value, scale), spec)
+        want = masked_scores(mask, query, key, scale).logsumexp(-1).transpose(1, 2)
+        assert_equal_but_for_rounding(lse, want.reshape(lse.shape), spec)
+        assert torch.equal(attend(spec, query, key, value, scale=scale), output)
+
+
+def test_scalars_and_defaults_are_those_of_the_spec():
+    spec = GNA((6, 5), 3)
+    inputs = tensors(spec)
+    assert torch.equal(reference_attention(*inputs, 3), attend(spec, *inputs))
+    dilated = GNA((6, 5), (-1, 2), dilation=(1, "max"))
+    assert torch.equal(reference_attention(*inputs, (-1, 2), dilation=(1, "max")), attend(dilated, *inputs))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_dtypes_of_the_results_and_of_the_computation(dtype):
+    spec = GNA((5, 6), (3, 4), (2, 1))
+    inputs = tensors(spec, dtype=dtype)
+    output, lse = attend(spec, *inputs, return_lse=True)
+    exact, exact_lse = attend(spec, *(x.double() for x in inputs), return_lse=True)
+    assert output.dtype == dtype
+    assert lse.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    assert torch.equal(output, exact.to(dtype))
+    assert torch.equal(lse, exact_lse.to(lse.dtype))
+    plain = attend(spec, *inputs, compute_dtype=dtype)
+    assert plain.dtype == dtype
+    assert torch.equal(plain, output) == (dtype == torch.float64)
+    roundings = math.prod(spec.window) + inputs[0].shape[-1]
+    assert (plain - output).abs().max() <= roundings * torch.finfo(dtype).eps * inputs[2].abs().max()
+
+
+def test_chunks_change_nothing(monkeypatch):
+    spec = GNA((5, 4, 3), (3, 2, 3), (2, 1, 3), is_causal=(False, True, False))
+    inputs = tensors(spec, batch=2)
+
+    def options():
+        return {"return_lse": True, "score_mod": lambda score, b, h, q, k: score + (b + h) * (q - 2 * k) / 60}
+
+    whole = attend(spec, *inputs, **options())
+    for queries in (1, 7):
+        bytes_of_a_query = 2 * 2 * spec.num_tokens * 8 * reference._TEMPORARIES
+        monkeypatch.setattr(reference, "_CHUNK_BYTES", queries * bytes_of_a_query)
+        for got, want in zip(attend(spec, *inputs, **options()), whole, strict=True):
+            assert_equal_but_for_rounding(got, want, spec)
+
+
+def test_keys_that_a_query_does_not_see_do_not_count():
+    spec = GNA((4, 6), (2, 3), is_causal=(True, False))
+    query, key, value = tensors(spec)
+    before = attend(spec, query, key, value)
+    for token in (0, 9, 23):
+        changed = [x.flatten(1, 2).clone() for x in (key, value)]
+        for x in changed:
+            x[:, token] += 100
+        after = attend(spec, query, *(x.unflatten(1, spec.shape) for x in changed))
+        differs = (before != after).flatten(1, 2).any((0, 2, 3))
+        assert torch.equal(differs, dense_mask(spec)[:, token])
+
+
+def test_gradients_are_those_of_sdpa():
+    for spec in mixed_specs(2, 50, seed=5):
+        inputs = tensors(spec, batch=2, heads=4, kv_heads=2)
+        one = [x.clone().requires_grad_() for x in inputs]
+        two = [x.clone().requires_grad_() for x in inputs]
+        mask = dense_mask(spec)
+        output, lse = attend(spec, *one, return_lse=True)
+        want = sdpa(mask, *two)
+        want_lse = masked_scores(mask, *two[:2]).logsumexp(-1).transpose(1, 2).reshape(lse.shape)
+        upstream, upstream_lse = torch.randn_like(output), torch.randn_like(lse)
+        ours = torch.autograd.grad((output, lse), one, (upstream, upstream_lse))
+        theirs = torch.autograd.grad((want, want_lse), two, (upstream, upstream_lse))
+        for got, expected in zip(ours, theirs, strict=True):
+            assert_equal_but_for_rounding(got, expected, spec, sums=4)
+
+
+def test_numerical_gradients():
+    spec = GNA((2, 3), (2, 2), (2, 1), is_causal=(False, True))
+    inputs = [x.requires_grad_() for x in tensors(spec, heads=2, kv_heads=1, dim=2)]
+    bias = torch.randn(2, 6, 6, dtype=torch.float64, requires_grad=True)
+
+    def call(query, key, value, bias):
+        return attend(
+            spec,
+            query,
+            key,
+            value,
+            return_lse=True,
+            score_mod=lambda score, b, h, q, k: score + bias[h, q, k],
+        )
+
+    assert torch.autograd.gradcheck(call, (*inputs, bias))
+    assert torch.autograd.gradgradcheck(call, (*inputs, bias))
+
+
+def test_score_mod_comes_before_the_mask_and_counts_tokens_row_major():
+    for spec in mixed_specs(2, 40, seed=7):
+        query, key, value = tensors(spec, batch=2, heads=4, kv_heads=2)
+        bias = torch.randn(2, 4, spec.num_tokens, spec.num_tokens, dtype=torch.float64)
+        output = attend(spec, query, key, value, score_mod=lambda s, b, h, q, k: s + bias[b, h, q, k])  # noqa: B023
+        want = sdpa(bias.masked_fill(~dense_mask(spec), -torch.inf), query, key, value)
+        assert_equal_but_for_rounding(output, want, spec)
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+def test_score_mod_has_the_signature_of_flex_attention():
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    spec = GNA((4, 6), (3, 2), (2, 1), (1, 3), (True, False))
+    query, key, value = tensors(spec, batch=2, dim=8)
+    mask = dense_mask(spec)
+
+    def score_mod(score, b, h, q_idx, kv_idx):
+        return torch.where(
+            q_idx // 6 == kv_idx // 6, score * (h + 1), score - (q_idx - kv_idx).abs() * 0.1 - b
+        )
+
+    blocks = create_block_mask(lambda b, h, q, k: mask[q, k], None, None, 24, 24, device="cpu")
+    want = flex_attention(*map(heads_first, (query, key, value)), score_mod=score_mod, block_mask=blocks)
+    output = attend(spec, query, key, value, score_mod=score_mod)
+    assert_equal_but_for_rounding(heads_first(output), want, spec)
+
+
+def test_a_query_whose_scores_are_all_minus_infinity_sees_nothing():
+    spec = GNA(6, 3)
+    inputs = [x.requires_grad_() for x in tensors(spec)]
+    output, lse = attend(
+        spec, *inputs, return_lse=True, score_mod=lambda s, b, h, q, k: torch.where(q == 2, -torch.inf, s)
+    )
+    assert (output[:, 2] == 0).all()
+    assert (lse[:, 2] == -torch.inf).all()
+    assert lse.isfinite().sum() == lse.numel() - 2
+    gradients = torch.autograd.grad(output.sum() + lse[lse.isfinite()].sum(), inputs)
+    assert all(gradient.isfinite().all() for gradient in gradients)
+    assert (gradients[0][:, 2] == 0).all()
+
+
+@pytest.mark.parametrize("score_mod", [None, lambda score, b, h, q, k: score + q - k])
+def test_batch_of_size_zero(score_mod):
+    spec = GNA((4, 3), 2)
+    inputs = [x.requires_grad_() for x in tensors(spec, batch=0, heads=4, kv_heads=2, value_dim=7)]
+    output, lse = attend(spec, *inputs, return_lse=True, score_mod=score_mod)
+    assert output.shape == (0, 4, 3, 4, 7)
+    assert lse.shape == (0, 4, 3, 4)
+    (output.sum() + lse.sum()).backward()
+    assert [x.grad.shape for x in inputs] == [x.shape for x in inputs]
+
+
+def zeros(*shape, **options):
+    return torch.zeros(*shape, **options)
+
+
+GOOD = zeros(1, 4, 5, 2, 8)
+REFUSED_TENSORS = {
+    "dimensions": ([zeros(4, 5, 8)] * 3, "got 3 dimensions < 4.\n  query is (4, 5, 8). Add"),
+    "dtype": ([GOOD, GOOD.half(), GOOD], "one dtype: got torch.float32, torch.float16 and torch.float32.\n"),
+    "device": (
+        [GOOD, GOOD, GOOD.to("meta")],
+        "share one device: got cpu, cpu and meta.\n  Write key.to(query.",
+    ),
+    "integer": ([GOOD.int()] * 3, "floating point: got torch.int32.\n  Write query.float(), key.float()"),
+    "key grid": (
+        [GOOD, zeros(1, 4, 6, 2, 8), GOOD],
+        "key is (1, 4, 6, 2, 8), query is (1, 4, 5, 2, 8).\n  Use a key of shape (1, 4, 5, 2, 8).",
+    ),
+    "key batch": ([GOOD, zeros(3, 4, 5, 2, 8), GOOD], "Use a key of shape (1, 4, 5, 2, 8)."),
+    "key head_dim": ([GOOD, zeros(1, 4, 5, 2, 9), GOOD], "Use a key of shape (1, 4, 5, 2, 8)."),
+    "key ndim": ([GOOD, zeros(8), GOOD], "key is (8,), query is (1, 4, 5, 2, 8)."),
+    "value grid": ([GOOD, GOOD, zeros(1, 5, 4, 2, 3)], "Use a value of shape (1, 4, 5, 2, 3)."),
+    "value heads": ([GOOD, GOOD, zeros(1, 4, 5, 1, 8)], "Use a value of shape (1, 4, 5, 2, 8)."),
+    "heads": (
+        [zeros(1, 4, 5, 3, 8), GOOD, GOOD],
+        "must be a multiple of key heads: got 3 and 2.\n  Use a number of key heads that divides 3.",
+    ),
+    "no key heads": (
+        [GOOD, zeros(1, 4, 5, 0, 8), zeros(1, 4, 5, 0, 8)],
+        "multiple of key heads: got 2 and 0.",
+    ),
+    "no channel": ([zeros(1, 4, 5, 2, 0)] * 3, "head_dim must be at least 1: got head_dim=0.\n"),
+    "window": ([zeros(1, 2, 5, 2, 8)] * 3, "window*dilation=3*1=3 > length=2"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED_TENSORS)
+def test_tensors_that_do_not_fit_are_refused(case):
+    inputs, message = REFUSED_TENSORS[case]
+    with pytest.raises(GNAError) as refusal:
+        reference_attention(*inputs, window=3)
+    assert message in str(refusal.value)
+
+
+# --------------------------------------------------------------------------------------- NATTEN, the peer
+
+
+@pytest.fixture(scope="module")
+def natten():
+    return pytest.importorskip("natten", reason="natten is not installed")
+
+
+def natten_mask(natten, monkeypatch, spec: GNA, queries: torch.Tensor) -> torch.Tensor:
+    """Rows of NATTEN's row-major mask: its mask_mod, without the dense block mask it would build."""
+    flex = natten.backends.flex
+    monkeypatch.setattr(flex, "create_block_mask", lambda mask_mod, **_: mask_mod)
+    mask_mod = flex.get_na_flex_mask(
+        "cpu", spec.rank, spec.shape, spec.window, spec.stride, spec.dilation, spec.is_causal
+    )
+    return mask_mod(None, None, queries[:, None], torch.arange(spec.num_tokens)[None, :])
+
+
+@pytest.mark.peer
+def test_masks_are_those_of_natten_bit_for_bit(natten, monkeypatch):
+    rng = random.Random(0)
+    for base in NATTEN_CASES:
+        variants = causal_variants(base)
+        for spec in variants if base.num_tokens <= 300 else [base, rng.choice(variants[1:])]:
+            few = min(max(2**18 // spec.num_tokens, 2), spec.num_tokens)
+            queries = sorted({0, spec.num_tokens - 1, *rng.sample(range(spec.num_tokens), few)})
+            theirs = natten_mask(natten, monkeypatch, spec, torch.tensor(queries))
+            for query, row in zip(queries, theirs, strict=True):
+                assert set(row.nonzero().flatten().tolist()) == allowed_keys(spec, query), (spec, query)
+
+
+def natten_value_specs() -> list[GNA]:
+    """The cases that a CPU does quickly, two that it does not, and every causal combination of a few."""
+    rng = random.Random(0)
+    quick = [spec for spec in NATTEN_CASES if spec.num_tokens <= 1600]
+    slow = [spec for spec in NATTEN_CASES if 1600 < spec.num_tokens <= 4096]
+    few = rng.sample([spec for spec in quick if spec.rank > 1 and spec.num_tokens <= 900], 4)
+    return [*quick, *rng.sample(slow, 2), *(variant for spec in few for variant in causal_variants(spec)[1:])]
+
+
+@pytest.mark.peer
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile", "ignore:return_lse")
+def test_values_are_those_of_natten(natten, monkeypatch):
+    """NATTEN computes in float32, and may err twice as much as the plain computation in float32; its
+    log-sum-exp comes from base 2, which rounds once more."""
+    flex_attention = torch.nn.attention.flex_attention
+    monkeypatch.setattr(flex_attention, "_FLEX_ATTENTION_DISABLE_COMPILE_DEBUG", True, raising=False)
+    for spec in natten_value_specs():
+        query, key, value = tensors(spec, dim=8, heads=2, dtype=torch.float32)
+        call = (natten.na1d, natten.na2d, natten.na3d)[spec.rank - 1]
+        problem = (spec.window, spec.stride, spec.dilation, spec.is_causal)
+        theirs = call(query, key, value, *problem, backend="flex-fna", return_lse=True)
+        exact = attend(spec, query.double(), key.double(), value.double(), return_lse=True)
+        plain = attend(spec, query, key, value, return_lse=True, compute_dtype=torch.float32)
+        once_more = torch.finfo(torch.float32).eps * exact[1].abs().max()
+        for got, same_dtype, want, extra in zip(theirs, plain, exact, (0, once_more), strict=True):
+            budget = 2 * (same_dtype - want).abs().max() + extra
+            assert (got - want).abs().max() <= budget, spec
