@@ -1,5 +1,6 @@
 """Generalized Neighborhood Attention compiled into PyTorch FlexAttention, exactly and in milliseconds."""
 
+from gnaflex.door import attention, explain, flex_attention
 from gnaflex.flex import block_mask, permute, spec_of, unpermute
 from gnaflex.mask import mask_mod, score_mod
 from gnaflex.reference import reference_attention
@@ -9,7 +10,10 @@ from gnaflex.window import source
 __all__ = [
     "GNA",
     "GNAError",
+    "attention",
     "block_mask",
+    "explain",
+    "flex_attention",
     "mask_mod",
     "permute",
     "reference_attention",

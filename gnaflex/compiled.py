@@ -1,0 +1,123 @@
+"""FlexAttention compiled standalone: one graph per structure of a call, cached, safe among threads.
+
+It is compiled alone because a pointwise operation in the same graph does not build on a CPU, and with
+``fullgraph=True`` because dynamo would otherwise fall back silently to the eager path, which holds the
+N x N scores, after eight recompilations.
+"""
+
+from __future__ import annotations
+
+import threading
+import types
+from collections import OrderedDict
+from collections.abc import Callable, Hashable
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.attention.flex_attention import AuxRequest, BlockMask
+from torch.nn.attention.flex_attention import flex_attention as torch_flex_attention
+
+MOST_GRAPHS = 64  # each holds one compiled kernel; the least recently used goes first
+
+_graphs: OrderedDict[Hashable, Callable[..., Any]] = OrderedDict()
+_compiling = threading.RLock()
+
+
+def flex_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    score_mod: Callable[..., Tensor] | None,
+    block_mask: BlockMask | None,
+    scale: float | None,
+    enable_gqa: bool,
+    kernel_options: dict[str, Any] | None,
+    aux: AuxRequest | None,
+) -> Any:
+    """torch's ``flex_attention`` through a cached compiled graph; returns what torch's does."""
+    structure = (
+        *map(_tensor_structure, (query, key, value)),
+        getattr(score_mod, "__code__", score_mod),
+        _mask_structure(block_mask),
+        scale,
+        enable_gqa,
+        repr(kernel_options) if kernel_options else None,
+        aux and (aux.lse, aux.max_scores),
+        torch.is_grad_enabled(),
+        torch.is_inference_mode_enabled(),
+    )
+    args = (query, key, value, score_mod, block_mask, scale, enable_gqa, kernel_options, aux)
+    graph = _graphs.get(structure)
+    if graph is not None:
+        return graph(*args)
+    # Tracing sets process-wide state, so that one thread's compilation disturbs another's.
+    with _compiling:
+        graph = _graphs.get(structure) or _new_graph()
+        out = graph(*args)
+        _graphs[structure] = graph
+        while len(_graphs) > MOST_GRAPHS:
+            _graphs.popitem(last=False)
+    return out
+
+
+def _tensor_structure(x: Tensor) -> Hashable:
+    return x.shape, x.stride(), x.dtype, x.device, x.requires_grad
+
+
+def _mask_structure(bm: BlockMask | None) -> Hashable:
+    if bm is None:
+        return None
+    mod = bm.mask_mod
+    return (
+        bm.kv_indices.shape,
+        None if bm.full_kv_indices is None else bm.full_kv_indices.shape,
+        None if bm.q_indices is None else bm.q_indices.shape,
+        None if bm.full_q_indices is None else bm.full_q_indices.shape,
+        bm.BLOCK_SIZE,
+        bm.seq_lengths,
+        getattr(mod, "__code__", mod),
+    )
+
+
+def _new_graph() -> Callable[..., Any]:
+    """A compiled function with a code object of its own: dynamo keeps its graphs, and their limit of eight,
+    per code object."""
+
+    def call(q, k, v, score_mod, block_mask, scale, enable_gqa, kernel_options, aux):  # type: ignore[no-untyped-def]
+        return torch_flex_attention(
+            q,
+            k,
+            v,
+            score_mod=score_mod,
+            block_mask=block_mask,
+            scale=scale,
+            enable_gqa=enable_gqa,
+            kernel_options=kernel_options,
+            return_aux=aux,
+        )
+
+    own = types.FunctionType(call.__code__.replace(co_name="gnaflex_flex_attention"), globals())
+    # Shapes are part of the structure; dynamic ones fail to build on a CPU for many masks (torch <= 2.15).
+    compiled: Callable[..., Any] = torch.compile(own, dynamic=False, fullgraph=True)
+    return compiled
+
+
+@lru_cache(maxsize=1)
+def cpu_obstacle() -> str | None:
+    """Why this machine cannot compile FlexAttention for its CPU, or None."""
+    from torch._inductor.exc import InvalidCxxCompiler
+    from torch._inductor.kernel.flex.flex_cpu import check_cpu_supported
+
+    if not torch._dynamo.is_dynamo_supported():
+        return "torch.compile does not support this Python version"
+    if not check_cpu_supported():
+        return "FlexAttention compiles for x86 CPUs with AVX2 only"
+    try:
+        from torch._inductor.cpp_builder import get_cpp_compiler
+
+        get_cpp_compiler()
+    except (InvalidCxxCompiler, RuntimeError, OSError):
+        return "torch.compile finds no C++ compiler; install one, for example g++, or set CXX"
+    return None
