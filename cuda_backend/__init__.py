@@ -6,12 +6,13 @@ nowhere yet.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from torch import Tensor
 
 
-def unsupported_reasons(query: Tensor) -> list[str]:
-    """Every reason why no CUTLASS kernel runs this call; an empty list would mean that one does."""
-    reasons = ["this release of gnaflex has no CUTLASS kernel yet"]
+def unsupported_reasons(query: Tensor) -> Iterator[str]:
+    """Every reason why no CUTLASS kernel runs this call; none would mean that one does."""
+    yield "this release of gnaflex has no CUTLASS kernel yet"
     if query.device.type != "cuda":
-        reasons.append(f"it needs an NVIDIA GPU of the Hopper or Blackwell family, the query is on {query.device}")
-    return reasons
+        yield f"it needs an NVIDIA GPU of the Hopper or Blackwell family, the query is on {query.device}"

@@ -191,10 +191,14 @@ def _class_lists(
     ]
     steps = flat if inverse else ratio
     alike = [_alike(ranges, step) for ranges, step in zip(tiled, steps, strict=True)]
-    distinct = [TileRanges(*(side[first] for side in ranges)) for ranges, (first, _) in zip(tiled, alike, strict=True)]
+    distinct = [
+        TileRanges(*(side[first] for side in ranges)) for ranges, (first, _) in zip(tiled, alike, strict=True)
+    ]
     columns = math.prod(len(place) for place in column_place)
     touched, full = (
-        _boxes([r[at] for r in distinct], [r[at + 1] for r in distinct], column_place, columns, max(steps) > 1)
+        _boxes(
+            [r[at] for r in distinct], [r[at + 1] for r in distinct], column_place, columns, max(steps) > 1
+        )
         for at in (0, 2)
     )
     grid = Grid(math.prod(len(first) for first, _ in alike), columns, touched, full)
@@ -211,7 +215,9 @@ def _class_lists(
     every_row = np.add.outer(row_origin, row).ravel()
     shift = np.add.outer(column_origin, _outer_sum(moves)).ravel().astype(np.int32)
     every_like = np.tile(like, len(first_block))
-    return [_Copies(lists, every_row, every_like, shift) for lists in written(grid.pending(), full_width=False)]
+    return [
+        _Copies(lists, every_row, every_like, shift) for lists in written(grid.pending(), full_width=False)
+    ]
 
 
 def _alike(ranges: TileRanges, step: int) -> tuple[IntArray, IntArray]:
@@ -255,19 +261,21 @@ def _group_offsets(spec: GNA, combination: tuple[Group, ...], q_tile: Tile) -> I
     return first
 
 
-def _boxes(lo: list[IntArray], hi: list[IntArray], place: list[IntArray], columns: int, nested: bool) -> Ranges:
+def _boxes(
+    lo: list[IntArray], hi: list[IntArray], place: list[IntArray], columns: int, nested: bool
+) -> Ranges:
     """The flat ids of the boxes ``[lo, hi)`` of column tiles, one box per combination of row tiles.
 
     A box is a product of runs, unless the column tiles are nested: then every tile is listed and sorted.
     """
     rows = math.prod(len(axis) for axis in lo)
-    length = [_spread(h - l, a, lo) for a, (l, h) in enumerate(zip(lo, hi, strict=True))]
+    length = [_spread(stop - start, a, lo) for a, (start, stop) in enumerate(zip(lo, hi, strict=True))]
     if not nested:
         pitches = [int(axis[1]) if len(axis) > 1 else 0 for axis in place]
-        first = _outer_sum([l * pitch for l, pitch in zip(lo, pitches, strict=True)])
+        first = _outer_sum([start * pitch for start, pitch in zip(lo, pitches, strict=True)])
         return _expand(np.arange(rows) * columns + first, length[-1], length[:-1], pitches[:-1])
     ids = np.arange(rows) * columns
-    first_tile = [_spread(l, a, lo) for a, l in enumerate(lo)]
+    first_tile = [_spread(start, a, lo) for a, start in enumerate(lo)]
     for a, axis in enumerate(place):
         count = length[a]
         step = np.arange(int(count.sum())) - np.repeat(_offsets(count)[:-1], count)
@@ -287,7 +295,9 @@ def _outer_sum(parts: list[IntArray]) -> IntArray:
 
 def _spread(values: IntArray, a: int, per_axis: list[IntArray]) -> IntArray:
     """Values of axis ``a`` repeated over the product of all axes."""
-    return _outer_sum([values if at == a else np.zeros(len(axis), np.int64) for at, axis in enumerate(per_axis)])
+    return _outer_sum(
+        [values if at == a else np.zeros(len(axis), np.int64) for at, axis in enumerate(per_axis)]
+    )
 
 
 def _joined(parts: list[Ranges]) -> Ranges:
@@ -327,7 +337,9 @@ def row_major(spec: GNA, q_block: int, kv_block: int, inverse: bool = False) -> 
     block, start, last = _token_boxes(spec.shape, row_block)
     block, dims = _digits(spec, block, start, last, inverse)
     touched = _touched(block, dims, columns, column_block)
-    full = _full(block, dims, columns, column_block, tokens // row_block)
+    # A group of a dilated axis can hold its last token and its first, which follow each other row-major.
+    wraps = any(axis.dilation > 1 and axis.length % axis.dilation == 1 for axis in spec.axes)
+    full = _full(block, dims, columns, column_block, tokens // row_block, wraps)
     return Grid(rows, columns, touched, full).pending()
 
 
@@ -365,7 +377,7 @@ def _digits(
     spec: GNA, block: IntArray, first: IntArray, last: IntArray, inverse: bool
 ) -> tuple[IntArray, list[_Dim]]:
     """The boxes digit by digit, those on dilated axes split so that each is a product of digit ranges."""
-    pieces = {}
+    pieces: dict[int, list[IntArray]] = {}
     for a, axis in enumerate(spec.axes):
         if axis.dilation == 1:
             continue
@@ -382,7 +394,9 @@ def _digits(
             dims.append(_Dim(pitch, axis.length, *pairs.any_of(start, stop), *pairs.all_of(start, stop)))
             continue
         inside_first, inside_last, group_first, group_last, is_short = pieces[a]
-        dims.append(_group_digit(axis, pitch * axis.dilation, inside_first, inside_last + 1, is_short, inverse))
+        dims.append(
+            _group_digit(axis, pitch * axis.dilation, inside_first, inside_last + 1, is_short, inverse)
+        )
         full = group_last, np.maximum(group_first + 1, group_last)
         dims.append(_Dim(pitch, axis.dilation, group_first, group_last + 1, *full))
     return block, dims
@@ -409,7 +423,16 @@ def _split(axis: Axis, first: IntArray, last: IntArray) -> tuple[IntArray, ...]:
             lo = np.maximum(group_first, longer) if is_short else group_first
             hi = np.minimum(group_last, longer - 1) if longer and not is_short else group_last
             keep = np.flatnonzero(exists & (lo <= hi))
-            out.append((keep, inside_first[keep], inside_last[keep], lo[keep], hi[keep], np.full(len(keep), is_short)))
+            out.append(
+                (
+                    keep,
+                    inside_first[keep],
+                    inside_last[keep],
+                    lo[keep],
+                    hi[keep],
+                    np.full(len(keep), is_short),
+                )
+            )
     columns = [np.concatenate(column) for column in zip(*out, strict=True)]
     order = np.argsort(columns[0], kind="stable")
     return tuple(column[order] for column in columns)
@@ -460,7 +483,7 @@ def _union(parts: list[Ranges], columns: int) -> Ranges:
     return Ranges(start[keep], reach[keep])
 
 
-def _full(block: IntArray, dims: list[_Dim], columns: int, size: int, whole_rows: int) -> Ranges:
+def _full(block: IntArray, dims: list[_Dim], columns: int, size: int, whole_rows: int, wraps: bool) -> Ranges:
     """The column blocks of which every token is paired with every token of a row block.
 
     Row blocks and column blocks that reach past the last token are never full, as in create_block_mask.
@@ -480,13 +503,27 @@ def _full(block: IntArray, dims: list[_Dim], columns: int, size: int, whole_rows
         depth += covered
     parts = []
     for joined in np.unique(depth):
-        rows = np.flatnonzero(depth == joined)
         run = len(dims) - 1 - int(joined)
-        base = sum((low[rows] * dim.pitch for low, dim in zip(lo, dims, strict=True)), start=row[rows] * columns * size)
-        length = (hi[run] - lo[run])[rows] * dims[run].pitch
+        length = (hi[run] - lo[run]) * dims[run].pitch
+        # Shorter runs hold no whole block, not even two of them that meet.
+        rows = np.flatnonzero((depth == joined) & (length * (2 if wraps else 1) >= size))
+        base = row[rows] * (columns * size + 1)  # a token more, so that no run meets one of the next row
+        for low, dim in zip(lo, dims, strict=True):
+            base = base + low[rows] * dim.pitch
         counts = [(hi[at] - lo[at])[rows] for at in range(run)]
-        runs = _expand(base, length, counts, [dim.pitch for dim in dims[:run]])
-        start, stop = -(-runs.start // size), runs.stop // size
+        runs = _expand(base, length[rows], counts, [dim.pitch for dim in dims[:run]])
+        runs = _met(runs) if wraps else runs
+        at_row = runs.start // (columns * size + 1)
+        start = at_row * columns + -(-(runs.start - at_row * (columns * size + 1)) // size)
+        stop = at_row * columns + (runs.stop - at_row * (columns * size + 1)) // size
         inside = start < stop
         parts.append(Ranges(start[inside], stop[inside]))
     return _joined(parts)
+
+
+def _met(runs: Ranges) -> Ranges:
+    """Runs that meet joined into one."""
+    apart = runs.start[1:] != runs.stop[:-1]
+    return Ranges(
+        runs.start[np.r_[True, apart][: len(runs.start)]], runs.stop[np.r_[apart, True][: len(runs.stop)]]
+    )

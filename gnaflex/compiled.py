@@ -110,9 +110,9 @@ def cpu_obstacle() -> str | None:
     from torch._inductor.exc import InvalidCxxCompiler
     from torch._inductor.kernel.flex.flex_cpu import check_cpu_supported
 
-    if not torch._dynamo.is_dynamo_supported():
+    if not torch._dynamo.eval_frame.is_dynamo_supported():
         return "torch.compile does not support this Python version"
-    if not check_cpu_supported():
+    if not check_cpu_supported():  # type: ignore[no-untyped-call]
         return "FlexAttention compiles for x86 CPUs with AVX2 only"
     try:
         from torch._inductor.cpp_builder import get_cpp_compiler

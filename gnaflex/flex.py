@@ -17,7 +17,6 @@ from gnaflex.layout import Layout, from_order, to_order
 from gnaflex.mask import PADDED_TO, Form, MaskMod, MaskRecord, build, choose_form, resolve_device
 from gnaflex.spec import GNA, GNAError
 
-
 DEFAULT_BLOCK = 128
 # The CPU kernel needs lists as wide as there are blocks. Elsewhere narrow lists do, but wide ones keep one
 # shape, hence one compiled graph, for all windows: take them while they are small.
@@ -59,8 +58,8 @@ def block_mask(
             wide elsewhere while below 64 MiB, which keeps one compiled graph for all windows).
 
     Returns:
-        A ``BlockMask`` with forward and transposed lists, full blocks apart from partial ones, ``seq_lengths``
-        (padded when tile-major) and the complete mask as ``mask_mod``. :func:`spec_of` returns its problem.
+        A ``BlockMask`` with forward and transposed lists, full blocks apart from partial ones, its
+        ``seq_lengths`` padded when tile-major, and the complete mask as ``mask_mod``; see :func:`spec_of`.
 
     Raises:
         GNAError: the problem, the tiles or the form is refused; the message says why and what to write.
@@ -90,7 +89,7 @@ def as_spec(
         return GNA(shape, window, stride, dilation, is_causal)
     if (window, stride, dilation, is_causal) != (None, 1, 1, False):
         raise GNAError(
-            f"a GNA is the whole problem: got {shape!r} and window, stride, dilation or is_causal beside it.\n"
+            f"a GNA is the whole problem: got {shape!r} and window, stride, dilation or is_causal too.\n"
             "  Write block_mask(spec), or block_mask(spec.shape, window, ...)."
         )
     return shape
@@ -125,7 +124,9 @@ def _block_size(layout: Layout, block_size: int | tuple[int, int] | None) -> tup
     if layout.q_tile is None:
         size = tuple(int(n) for n in given) if given else (DEFAULT_BLOCK, DEFAULT_BLOCK)
         if len(size) != 2 or min(size) < 1:
-            raise GNAError(f"block_size must be a positive int, or two: got {block_size!r}. Write block_size=128.")
+            raise GNAError(
+                f"block_size must be a positive int, or two: got {block_size!r}. Write block_size=128."
+            )
         return size[0], size[1]
     q, kv = (math.prod(tile) for tile in layout.tiles)
     if given is not None and tuple(given) != (q, kv):
@@ -143,7 +144,7 @@ def compile_mask(record: MaskRecord, device: torch.device) -> BlockMask:
     lists = _block_lists(layout, size, record.full_width, device)
     mod = build(record, device, math.lcm(*size, PADDED_TO) if max(size) <= 1024 else math.lcm(*size))
     names = ("kv", "full_kv", "q", "full_q")
-    tensors: dict[str, Tensor] = {}
+    tensors: dict[str, Any] = {}
     # Tensors made under inference_mode, or while tracing, could not be used in training later on.
     with torch.inference_mode(False), torch.utils._python_dispatch._disable_current_modes():
         for name, one in zip(names, lists, strict=True):
@@ -167,7 +168,7 @@ def _block_lists(
     return blocks.written(pending, full_width)
 
 
-def _assemble(record: MaskRecord, tensors: dict[str, Tensor], mod: MaskMod) -> BlockMask:
+def _assemble(record: MaskRecord, tensors: dict[str, Any], mod: MaskMod) -> BlockMask:
     tokens = record.layout.num_tokens
     assert record.block_size is not None
     bm = BlockMask(seq_lengths=(tokens, tokens), BLOCK_SIZE=record.block_size, mask_mod=mod, **tensors)
@@ -177,7 +178,9 @@ def _assemble(record: MaskRecord, tensors: dict[str, Tensor], mod: MaskMod) -> B
     return bm
 
 
-def _moved(record: MaskRecord, tensors: dict[str, Tensor], mod: MaskMod, device: torch.device | str) -> BlockMask:
+def _moved(
+    record: MaskRecord, tensors: dict[str, Any], mod: MaskMod, device: torch.device | str
+) -> BlockMask:
     moved = {name: tensor.to(device) for name, tensor in tensors.items()}
     if all(moved[name] is tensors[name] for name in tensors):
         return _assemble(record, tensors, mod)
@@ -205,8 +208,8 @@ def record_of(bm: BlockMask) -> MaskRecord | None:
     made = ((tokens, tokens), record.block_size, (1, 1, rows))
     if found != made or bm.kv_indices.shape[-1] > columns:
         raise GNAError(
-            f"this BlockMask was changed after it was made: (seq_lengths, BLOCK_SIZE, rows) is {found}, it was "
-            f"{made}.\n  Build one for the new size: block_mask(...) takes milliseconds."
+            f"this BlockMask was changed after it was made: (seq_lengths, BLOCK_SIZE, lists) is {found}, it "
+            f"was {made}.\n  Build one for the new size: block_mask(...) takes milliseconds."
         )
     return record
 
@@ -215,7 +218,9 @@ def layout_of(bm: BlockMask) -> Layout:
     """The token order of a mask of ours."""
     record = record_of(bm)
     if record is None:
-        raise GNAError("this BlockMask was not made by gnaflex. Write bm = gnaflex.block_mask(shape, window, ...).")
+        raise GNAError(
+            "this BlockMask was not made by gnaflex. Write bm = gnaflex.block_mask(shape, window, ...)."
+        )
     return record.layout
 
 
@@ -274,5 +279,3 @@ def listed_blocks(record: MaskRecord) -> int:
         else blocks.tile_major(layout.spec, *layout.tiles)
     )
     return int(sum(np.sum(one.counts) for one in grid))
-
-

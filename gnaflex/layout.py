@@ -13,6 +13,7 @@ from functools import cached_property, lru_cache
 from typing import NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -24,9 +25,9 @@ from gnaflex.window import IntArray
 class AxisPlaces(NamedTuple):
     """The places of one axis in a token order, int64 [places] each.
 
-    ``coordinate`` counts dilation group by group, so that a window is one interval ``[lo, hi)`` of it whatever
-    the dilation. A padded place has a coordinate that no window holds, the token and the window of the last
-    real place of its group, and ``is_pad``.
+    ``coordinate`` counts dilation group by group, so that a window is one interval ``[lo, hi)`` of it
+    whatever the dilation. A pad has a coordinate that no window holds, and the token and the window of the
+    last real place of its group.
     """
 
     coordinate: IntArray
@@ -71,7 +72,9 @@ class Layout:
         parts = []
         for combination in classes(self.spec):
             cut = []
-            for value, axis, group, q, kv in zip(values, self.spec.axes, combination, q_tile, kv_tile, strict=True):
+            for value, axis, group, q, kv in zip(
+                values, self.spec.axes, combination, q_tile, kv_tile, strict=True
+            ):
                 size = -(-group.n // q) * q
                 first = _axis_starts(axis, q)[group.members]
                 segments = value[first[:, None] + np.arange(size)] if axis.dilation > 1 else value
@@ -87,7 +90,9 @@ class Layout:
 
     def _group_starts(self, members: Sequence[IntArray]) -> IntArray:
         """The first token of every dilation group of a combination of equal lengths."""
-        lengths = [np.diff(_axis_starts(axis, q)) for axis, q in zip(self.spec.axes, self.tiles[0], strict=True)]
+        lengths = [
+            np.diff(_axis_starts(axis, q)) for axis, q in zip(self.spec.axes, self.tiles[0], strict=True)
+        ]
         first = np.zeros(1, np.int64)
         outer = 1
         for a, chosen in enumerate(members):
@@ -97,7 +102,7 @@ class Layout:
             outer *= int(lengths[a][chosen[0]])
         return first
 
-    def row_major_tokens(self) -> tuple[IntArray, IntArray]:
+    def row_major_tokens(self) -> tuple[IntArray, npt.NDArray[np.bool_]]:
         """For every token of this order its row-major index (a pad: that of the query it copies), and
         whether it is a pad; int64 and bool [num_tokens]."""
         shape = self.spec.shape

@@ -7,6 +7,7 @@ captured tensors, so that another window does not recompile. "arith" writes the 
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -227,7 +228,7 @@ def _key_segments(layout: Layout, fields: _Fields) -> tuple[tuple[int, Terms], .
         steps = [layout.spec.shape, ones]
     segments = []
     unit = math.prod(steps[0])
-    for outer, inner in zip(steps, steps[1:], strict=False):
+    for outer, inner in itertools.pairwise(steps):
         radices = [size // step for size, step in zip(outer, inner, strict=True)]
         weights = [step << shift for step, shift in zip(inner, fields.shift, strict=True)]
         unit //= math.prod(radices)
@@ -263,7 +264,10 @@ def _table(layout: Layout, to_device: Callable[[IntArray], Tensor]) -> MaskMod:
     def stacked(name: str) -> Tensor:
         rows = []
         for a in range(layout.spec.rank):
-            values = [getattr(one, name) if at == a else np.zeros(len(one.token), np.int64) for at, one in enumerate(layout.places)]
+            values = [
+                getattr(one, name) if at == a else np.zeros(len(one.token), np.int64)
+                for at, one in enumerate(layout.places)
+            ]
             rows.append(layout.sum_over_axes(values).astype(np.int32))
         return to_device(np.stack(rows))
 
@@ -329,7 +333,7 @@ def _runs(layout: Layout) -> tuple[IntArray, IntArray]:
     while axes > 1 and spec.axes[axes - 1].window == spec.shape[axes - 1] and not spec.is_causal[axes - 1]:
         axes -= 1
     last_is_run = spec.dilation[axes - 1] == 1
-    for a, axis in enumerate(spec.axes[: axes - last_is_run]):
+    for a in range(axes - last_is_run):
         pitch = math.prod(spec.shape[a + 1 :])
         key, valid = _window_tokens(layout, a)
         key, valid = key[:, tokens[a]], valid[:, tokens[a]]

@@ -7,13 +7,16 @@ the forward with gradients, by the backend that "auto" takes for training.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask
 
+from gnaflex.flex import compile_mask
 from gnaflex.layout import Layout
-from gnaflex.mask import MaskRecord
+from gnaflex.mask import MaskRecord, choose_form
 from gnaflex.spec import GNA, GNAError
 
 MAX_DILATION = -1  # how dilation="max" travels
@@ -32,24 +35,34 @@ def encoded(record: MaskRecord) -> list[int]:
     if layout.q_tile is not None:
         rows += layout.tiles
     assert record.block_size is not None
-    return [spec.rank, int(layout.q_tile is not None), *record.block_size, *(int(n) for row in rows for n in row)]
+    return [
+        spec.rank,
+        int(layout.q_tile is not None),
+        *record.block_size,
+        *(int(n) for row in rows for n in row),
+    ]
 
 
 def decoded(code: Sequence[int]) -> MaskRecord:
     """The record that :func:`encoded` wrote."""
-    from gnaflex.mask import choose_form
-
     rank, is_tiled, *block = code[:4]
     rows = [tuple(code[4 + at * rank : 4 + (at + 1) * rank]) for at in range(7 if is_tiled else 5)]
-    spec = GNA(*rows[:4], tuple(bool(flag) for flag in rows[4]))
+    spec = GNA(rows[0], rows[1], rows[2], rows[3], tuple(bool(flag) for flag in rows[4]))
     layout = Layout(spec, *rows[5:])
     return MaskRecord(layout, choose_form(layout, "auto"), (block[0], block[1]))
 
 
-def _run(q: Tensor, k: Tensor, v: Tensor, code: Sequence[int], scale: float | None, lse: bool, backend: str) -> Any:
+@lru_cache(maxsize=32)
+def _mask(code: tuple[int, ...], device: torch.device) -> BlockMask:
+    return compile_mask(decoded(code), device)
+
+
+def _run(
+    q: Tensor, k: Tensor, v: Tensor, code: Sequence[int], scale: float | None, lse: bool, backend: str
+) -> Any:
     from gnaflex import door
 
-    bm = door._mask(decoded(code), q.device)
+    bm = _mask(tuple(code), q.device)
     gqa = q.shape[1] != k.shape[1]
     return door.flex_attention(
         q, k, v, block_mask=bm, scale=scale, enable_gqa=gqa, return_lse=lse, backend=backend
@@ -81,7 +94,9 @@ def _fake(query: Tensor, value: Tensor, lse: bool) -> tuple[Tensor, Tensor]:
     return query.new_empty((*query.shape[:-1], value.shape[-1])), query.new_empty(shape, dtype=dtype)
 
 
-def _recomputed(run: Any, q: Tensor, k: Tensor, v: Tensor, grads: Sequence[Tensor], lse: bool) -> list[Tensor]:
+def _recomputed(
+    run: Any, q: Tensor, k: Tensor, v: Tensor, grads: Sequence[Tensor], lse: bool
+) -> list[Tensor]:
     """Gradients of q, k, v by running the forward again with gradients."""
     with torch.enable_grad():
         leaves = [x.detach().requires_grad_() for x in (q, k, v)]
@@ -100,10 +115,19 @@ def attend(
 
 @torch.library.custom_op("gnaflex::attend_backward", mutates_args=())
 def attend_backward(
-    grad: Tensor, grad_lse: Tensor, q: Tensor, k: Tensor, v: Tensor, code: list[int], scale: float | None, lse: bool
+    grad: Tensor,
+    grad_lse: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    code: list[int],
+    scale: float | None,
+    lse: bool,
 ) -> list[Tensor]:
     """Gradients of :func:`attend`."""
-    return _recomputed(lambda *x: _run(*x, code, scale, lse, "auto"), q, k, v, (grad, grad_lse), lse)
+    return _recomputed(
+        lambda a, b, c: _run(a, b, c, code, scale, lse, "auto"), q, k, v, (grad, grad_lse), lse
+    )
 
 
 @torch.library.custom_op("gnaflex::attend_grid", mutates_args=())
@@ -121,8 +145,14 @@ def attend_grid_backward(
     dilation: list[int], is_causal: list[int], scale: float | None, lse: bool,
 ) -> list[Tensor]:  # fmt: skip
     """Gradients of :func:`attend_grid`."""
-    problem = (window, stride, dilation, is_causal)
-    return _recomputed(lambda *x: _run_grid(*x, *problem, scale, lse, "auto"), q, k, v, (grad, grad_lse), lse)
+    return _recomputed(
+        lambda a, b, c: _run_grid(a, b, c, window, stride, dilation, is_causal, scale, lse, "auto"),
+        q,
+        k,
+        v,
+        (grad, grad_lse),
+        lse,
+    )
 
 
 def _register(forward: Any, backward: Any, problem: slice) -> None:
@@ -132,7 +162,9 @@ def _register(forward: Any, backward: Any, problem: slice) -> None:
     def fake(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
         return _fake(q, v, rest[lse_at - 3])
 
-    def fake_backward(grad: Tensor, grad_lse: Tensor, q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> list[Tensor]:
+    def fake_backward(
+        grad: Tensor, grad_lse: Tensor, q: Tensor, k: Tensor, v: Tensor, *rest: Any
+    ) -> list[Tensor]:
         return [torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v)]
 
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:

@@ -102,8 +102,7 @@ def touched_blocks(spec: GNA, q_tile: Tile, kv_tile: Tile) -> int:
     """Exactly how many (query tile, key tile) pairs hold an allowed pair, in tile-major order."""
     return math.prod(
         sum(
-            len(group.members)
-            * int(np.subtract(*tile_ranges(group.n, axis, q, kv)[1::-1]).sum())
+            len(group.members) * int(np.subtract(*tile_ranges(group.n, axis, q, kv)[1::-1]).sum())
             for group in groups(axis)
         )
         for axis, q, kv in zip(spec.axes, q_tile, kv_tile, strict=True)

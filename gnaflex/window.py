@@ -242,7 +242,9 @@ def axis_tables(axis: Axis, group: int = 0) -> tuple[IntArray, IntArray]:
 def axis_source(axis: Axis, number: int) -> list[str]:
     """The lines that test axis ``number`` in torch code; none when the axis is dense."""
     a, d = number, axis.dilation
-    windows = [window(n, axis.window, axis.stride, axis.is_causal) for n in sorted({*axis.group_lengths})[::-1]]
+    windows = [
+        window(n, axis.window, axis.stride, axis.is_causal) for n in sorted({*axis.group_lengths})[::-1]
+    ]
     lines, tests = [], []
     q, k = f"q{a}", f"k{a}"
     if d > 1:
@@ -311,7 +313,9 @@ def source(spec: GNA) -> str:
     for number, axis in enumerate(spec.axes):
         for n in sorted({*axis.group_lengths})[::-1]:
             one = window(n, axis.window, axis.stride, axis.is_causal)
-            of = f" of dilation groups g = x mod {axis.dilation}, i = x div {axis.dilation}" * (axis.dilation > 1)
+            of = f" of dilation groups g = x mod {axis.dilation}, i = x div {axis.dilation}" * (
+                axis.dilation > 1
+            )
             lo, hi = INTEGER.print(one.lo), INTEGER.print(one.hi)
             lines += [
                 f"axis {number}, n = {n}{of}",
