@@ -288,21 +288,19 @@ def _table(layout: Layout, to_device: Callable[[IntArray], Tensor]) -> MaskMod:
 def _reason_against_intervals(layout: Layout) -> str | None:
     if layout.q_tile is not None and layout.spec.rank > 1:
         return "in tile-major order the keys of a query are too many runs of tokens."
-    runs = _runs_per_query(layout.spec)
-    if layout.q_tile is None and layout.spec.dilation[-1] > 1 and layout.spec.window[-1] > 1:
-        runs *= layout.spec.window[-1]
+    runs = math.prod(layout.spec.window[: _run_axes(layout.spec)[0]]) if layout.q_tile is None else 1
     if runs > MOST_INTERVALS:
         return f"the keys of a query are up to {runs} runs of tokens > {MOST_INTERVALS}."
     return None
 
 
-def _runs_per_query(spec: GNA) -> int:
-    """Runs of row-major keys per query when the innermost axis has no dilation: the product of the windows
-    of all axes but the innermost that is not dense."""
-    axes = list(spec.axes)
-    while len(axes) > 1 and axes[-1].window == axes[-1].length and not axes[-1].is_causal:
-        axes.pop()
-    return math.prod(axis.window for axis in axes[:-1])
+def _run_axes(spec: GNA) -> tuple[int, int]:
+    """Of the axes of a row-major grid, how many leading ones have a run per key of their window, and how many
+    come before the trailing dense ones. The one between, if any, has its whole window in one run."""
+    moving = spec.rank
+    while moving > 1 and spec.window[moving - 1] == spec.shape[moving - 1] and not spec.is_causal[moving - 1]:
+        moving -= 1
+    return moving - (spec.dilation[moving - 1] == 1), moving
 
 
 def _interval(layout: Layout, to_device: Callable[[IntArray], Tensor]) -> MaskMod:
@@ -327,29 +325,21 @@ def _runs(layout: Layout) -> tuple[IntArray, IntArray]:
     if layout.q_tile is not None:
         return places[0].lo[None].astype(np.int32), places[0].hi[None].astype(np.int32)
     tokens = np.stack(np.unravel_index(np.arange(spec.num_tokens), spec.shape))
+    single, moving = _run_axes(spec)
     lo = [np.zeros(spec.num_tokens, np.int64)]
     exists = [np.ones(spec.num_tokens, bool)]
-    axes = len(spec.axes)
-    while axes > 1 and spec.axes[axes - 1].window == spec.shape[axes - 1] and not spec.is_causal[axes - 1]:
-        axes -= 1
-    last_is_run = spec.dilation[axes - 1] == 1
-    for a in range(axes - last_is_run):
+    for a in range(single):
         pitch = math.prod(spec.shape[a + 1 :])
-        key, valid = _window_tokens(layout, a)
-        key, valid = key[:, tokens[a]], valid[:, tokens[a]]
+        key, valid = (of_axis[:, tokens[a]] for of_axis in _window_tokens(layout, a))
         lo = [base + step * pitch for base in lo for step in key]
         exists = [there & here for there in exists for here in valid]
-    pitch = math.prod(spec.shape[axes:])
-    if last_is_run:
-        one = places[axes - 1]
-        start, stop = one.lo[tokens[axes - 1]] * pitch, one.hi[tokens[axes - 1]] * pitch
-    else:
-        start, stop = np.int64(0), np.int64(pitch)
-    both = np.stack(lo), np.stack(exists)
-    return (
-        np.where(both[1], both[0] + start, 0).astype(np.int32),
-        np.where(both[1], both[0] + stop, 0).astype(np.int32),
-    )
+    pitch = math.prod(spec.shape[moving:])
+    start, stop = np.zeros(1, np.int64), np.full(1, pitch)
+    if single < moving:
+        at = tokens[moving - 1]
+        start, stop = places[moving - 1].lo[at] * pitch, places[moving - 1].hi[at] * pitch
+    first, there = np.stack(lo), np.stack(exists)
+    return tuple(np.where(there, first + edge, 0).astype(np.int32) for edge in (start, stop))  # type: ignore[return-value]
 
 
 def _window_tokens(layout: Layout, a: int) -> tuple[IntArray, Any]:
