@@ -12,10 +12,12 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
-from gnaflex import blocks
+from gnaflex.blocks import Lists, Pending, written
 from gnaflex.layout import Layout, from_order, to_order
 from gnaflex.mask import PADDED_TO, Form, MaskMod, MaskRecord, build, choose_form, resolve_device
+from gnaflex.row_blocks import row_major
 from gnaflex.spec import GNA, GNAError
+from gnaflex.tile_blocks import tile_major
 
 DEFAULT_BLOCK = 128
 # The CPU kernel needs lists as wide as there are blocks. Elsewhere narrow lists do, but wide ones keep one
@@ -155,17 +157,17 @@ def compile_mask(record: MaskRecord, device: torch.device) -> BlockMask:
 
 def _block_lists(
     layout: Layout, size: tuple[int, int], full_width: bool | None, device: torch.device
-) -> list[blocks.Lists]:
-    pending: list[blocks.Pending] = []
+) -> list[Lists]:
+    pending: list[Pending] = []
     for inverse in (False, True):
         if layout.q_tile is None:
-            pending += blocks.row_major(layout.spec, *size, inverse)
+            pending += row_major(layout.spec, *size, inverse)
         else:
-            pending += blocks.tile_major(layout.spec, *layout.tiles, inverse)
+            pending += tile_major(layout.spec, *layout.tiles, inverse)
     if full_width is None:
         most = FULL_WIDTH_BYTES.get(device.type, FULL_WIDTH_BYTES_ELSEWHERE)
         full_width = sum(4 * len(one.counts) * one.columns for one in pending) <= most
-    return blocks.written(pending, full_width)
+    return written(pending, full_width)
 
 
 def _assemble(record: MaskRecord, tensors: dict[str, Any], mod: MaskMod) -> BlockMask:
@@ -274,8 +276,8 @@ def listed_blocks(record: MaskRecord) -> int:
     assert record.block_size is not None
     layout = record.layout
     grid = (
-        blocks.row_major(layout.spec, *record.block_size)
+        row_major(layout.spec, *record.block_size)
         if layout.q_tile is None
-        else blocks.tile_major(layout.spec, *layout.tiles)
+        else tile_major(layout.spec, *layout.tiles)
     )
     return int(sum(np.sum(one.counts) for one in grid))
