@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
 from gnaflex.blocks import Lists, Pending, written
-from gnaflex.layout import Layout, from_order, to_order
+from gnaflex.layout import Layout, from_order, real_tensors, to_order
 from gnaflex.mask import PADDED_TO, Form, MaskMod, MaskRecord, build, choose_form, resolve_device
 from gnaflex.row_blocks import row_major
 from gnaflex.spec import GNA, GNAError
@@ -22,7 +22,7 @@ from gnaflex.tile_blocks import tile_major
 DEFAULT_BLOCK = 128
 # The CPU kernel needs lists as wide as there are blocks. Elsewhere narrow lists do, but wide ones keep one
 # shape, hence one compiled graph, for all windows: take them while they are small.
-FULL_WIDTH_BYTES = {"cpu": 4 * 2**30}
+FULL_WIDTH_BYTES = {"cpu": 2**30}
 FULL_WIDTH_BYTES_ELSEWHERE = 64 * 2**20
 
 
@@ -56,7 +56,7 @@ def block_mask(
         device: where the mask lives; None is the current accelerator or the CPU, as in ``create_block_mask``.
         form: the form of the mask_mod, see :func:`mask_mod`.
         full_width: block lists as wide as the mask has blocks (True), as narrow as the longest row (False),
-            or as the device wants them (None: wide on a CPU, whose kernel needs it, up to 4 GiB in all;
+            or as the device wants them (None: wide on a CPU, whose kernel needs it, up to 1 GiB in all;
             wide elsewhere while below 64 MiB, which keeps one compiled graph for all windows).
 
     Returns:
@@ -147,8 +147,7 @@ def compile_mask(record: MaskRecord, device: torch.device) -> BlockMask:
     mod = build(record, device, math.lcm(*size, PADDED_TO) if max(size) <= 1024 else math.lcm(*size))
     names = ("kv", "full_kv", "q", "full_q")
     tensors: dict[str, Any] = {}
-    # Tensors made under inference_mode, or while tracing, could not be used in training later on.
-    with torch.inference_mode(False), torch.utils._python_dispatch._disable_current_modes():
+    with real_tensors():
         for name, one in zip(names, lists, strict=True):
             tensors[f"{name}_num_blocks"] = torch.from_numpy(one.counts)[None, None].to(device)
             tensors[f"{name}_indices"] = torch.from_numpy(one.indices)[None, None].to(device)

@@ -1,94 +1,298 @@
 """The "sdpa" backend: gather the key box of each query tile and run plain attention on it.
 
-The keys that a query tile sees lie in one box of coordinates, so attention under any mask is a batch of small
-dense ones. Tiles of equal rows, box and mask pattern are one *kind* and share calls. Nothing is compiled and
-every step is an ordinary autograd operation, so it runs, and trains, wherever torch does.
+The keys that a query tile sees lie in one box of coordinates, so attention under the mask is a batch of
+small dense problems. Tiles of equal rows, box and mask are one *kind* and share calls. Nothing is compiled
+and every step is an ordinary autograd operation, so it runs, and trains, wherever torch does.
 """
 
 from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache, partial
-from typing import NamedTuple
+from functools import lru_cache, partial, reduce
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
 from torch.utils.checkpoint import checkpoint
 
 from gnaflex.layout import Layout
+from gnaflex.mask import ScoreMod
 from gnaflex.spec import GNAError
-from gnaflex.tiles import groups
+from gnaflex.tiles import Tile
 from gnaflex.window import IntArray
 
-ScoreMod = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
-Cut = tuple[int, bool]
+Pair = tuple[Tensor, Tensor]
 
-# Costs in pairs or flops. AMD EPYC, 1 thread, fp32, torch 2.13, 2025-11: 80 GFLOP/s, gathering one key and value
-# takes as long as 60 pairs, a mask per tile 2.7 ns per pair, a call 60 us. A GPU computes 1000 times faster.
-_KEY_PAIRS = 64
-_MASK_FLOPS = 200
-_CALL_FLOPS = {"cpu": 5e6}
-_CALL_FLOPS_DEVICE = 1e9
-_CPU_PASS_BYTES = 32 * 2**20  # larger gathers leave the cache and pay page faults
-_CANDIDATES = 30_000  # combinations of tile extents that are weighed
-_TILES_PER_CALL = 2**15  # CUDA kernels put heads on a grid axis of at most 65535
-
-
-# ---- one axis: its windows, cut into query tiles -------------------------------------------------------
-
-
-class _AxisWindows(NamedTuple):
-    """The windows of an axis by coordinate, int64 [places], and where its dilation groups begin and end."""
-
-    lo: IntArray
-    hi: IntArray
-    starts: IntArray
-
-
-@lru_cache(maxsize=256)
-def _axis_windows(layout: Layout, a: int) -> _AxisWindows:
-    places, q_tile = layout.places[a], layout.tiles[0][a]
-    sizes = [np.full(len(group.members), -(-group.n // q_tile) * q_tile) for group in groups(layout.spec.axes[a])]
-    by_coordinate = np.argsort(places.coordinate)
-    starts = np.cumsum(np.concatenate([[0], *sizes]))
-    return _AxisWindows(places.lo[by_coordinate], places.hi[by_coordinate], starts)
+# Measured on an AMD EPYC, 1 thread, fp32, torch 2.13: 80 GFLOP/s, a call 60 us; gathering a key and its
+# value, with what a call loses on few rows, takes as long as 24 pairs. A GPU's flops take a thousandth.
+_KEY_PAIRS = 24
+_CALL_FLOPS, _CALL_FLOPS_GPU = 5e6, 1e9
+_CPU_CALL_BYTES = 32 * 2**20  # 8 to 128 MiB are as fast; larger gathers pay for page faults
+_TILES_PER_CALL = 2**15  # tiles go where heads go, a CUDA grid axis of at most 65535
+_CANDIDATES = 30_000  # query tiles that are weighed
 
 
 class _AxisKind(NamedTuple):
-    """Tiles of one axis with equal rows, key extent and pattern; ``lo`` and ``hi`` are the windows relative to
-    the box, int64 [tiles or 1, rows], None if every row sees the whole box."""
+    """Tiles of one axis with equal rows, keys and windows [2, rows], which count from the first key."""
 
     rows: int
     keys: int
     first_query: IntArray
     first_key: IntArray
-    windows: tuple[IntArray, IntArray] | None
+    windows: IntArray
 
 
 @lru_cache(maxsize=1024)
-def _axis_kinds(layout: Layout, a: int, cut: Cut) -> tuple[_AxisKind, ...]:
-    """The tiles of extent ``cut[0]`` of an axis. With ``cut[1]`` all boxes grow to one extent and patterns may
-    differ inside a kind: fewer calls, more masking."""
-    (tile, grow), (lo, hi, starts) = cut, _axis_windows(layout, a)
-    begin = np.concatenate([np.arange(*ends, tile) for ends in itertools.pairwise(starts)])
-    rows = np.minimum(begin + tile, starts[np.searchsorted(starts, begin, "right")]) - begin
-    first, keys = lo[begin], hi[begin + rows - 1] - lo[begin]
-    if grow:
-        keys = np.full_like(keys, keys.max())
-        first = np.minimum(first, len(lo) - keys)
+def _axis_kinds(layout: Layout, a: int, tile: int) -> tuple[_AxisKind, ...]:
+    """The query tiles of extent ``tile`` of an axis, by kind; the last tile of a group may be shorter."""
+    places = layout.places[a]
+    by_coordinate = np.argsort(places.coordinate)
+    lo, hi, stop = places.lo[by_coordinate], places.hi[by_coordinate], np.cumsum(_group_sizes(layout, a))
+    begin = np.concatenate([np.arange(*ends, tile) for ends in itertools.pairwise([0, *stop])])
+    rows = np.minimum(begin + tile, stop[np.searchsorted(stop, begin, "right")]) - begin
     query = begin[:, None] + np.minimum(np.arange(tile), rows[:, None] - 1)
-    seen_lo, seen_hi = lo[query] - first[:, None], hi[query] - first[:, None]
-    signature = np.stack([rows, keys], 1) if grow else np.column_stack([rows, keys, seen_lo, seen_hi])
-    _, which = np.unique(signature, axis=0, return_inverse=True)
+    windows = np.stack([lo[query], hi[query]], 1) - lo[begin][:, None, None]
+    signature = np.column_stack([rows, windows.reshape(len(rows), -1)])
+    _, which, counts = np.unique(signature, axis=0, return_inverse=True, return_counts=True)
     kinds = []
-    for one in range(which.max() + 1):
-        at = np.flatnonzero(which.reshape(-1) == one)
-        r, k = int(rows[at[0]]), int(keys[at[0]])
-        windows = tuple(x[at, :r] if np.ptp(x[at, :r], axis=0).any() else x[at[:1], :r] for x in (seen_lo, seen_hi))
-        masked = bool((windows[0] > 0).any() or (windows[1] < k).any())
-        kinds.append(_AxisKind(r, k, begin[at], first[at], (windows[0], windows[1]) if masked else None))
+    for at in np.split(np.argsort(which.reshape(-1), kind="stable"), np.cumsum(counts)[:-1]):
+        n, seen = int(rows[at[0]]), windows[at[0]]
+        kinds.append(_AxisKind(n, int(seen[1, -1]), begin[at], lo[begin[at]], seen[:, :n]))
     return tuple(kinds)
+
+
+def _group_sizes(layout: Layout, a: int) -> list[int]:
+    """Places of every dilation group of an axis, pads included, longest first."""
+    axis, q_tile = layout.spec.axes[a], layout.tiles[0][a]
+    return [-(-n // q_tile) * q_tile for n in axis.group_lengths]
+
+
+class _Load(NamedTuple):
+    """All that the choice of tiles depends on besides the layout: what a pair, a key and a call cost."""
+
+    pair_flops: int
+    key_flops: int
+    call_flops: float
+    pair_bytes: int
+    key_bytes: int
+    memory_bytes: int
+
+    def tile_bytes(self, rows: Any, keys: Any) -> Any:
+        return keys * (self.key_bytes + rows * self.pair_bytes)
+
+
+def _load(k: Tensor, v: Tensor, group: int, explicit: bool, memory_bytes: int) -> _Load:
+    heads, channels, size, device = k.shape[0], k.shape[-1] + v.shape[-1], k.element_size(), k.device.type
+    wide = max(size, 4)
+    # Copies of the scores in memory: torch's CPU kernel keeps none, but takes one head dim only.
+    scores = 6 if explicit else 0 if device == "cpu" and v.shape[-1] == k.shape[-1] else 3
+    flops, call_flops = 2 * channels * heads, _CALL_FLOPS if device == "cpu" else _CALL_FLOPS_GPU
+    pair_bytes = wide * group * (heads * scores + 2)  # 2: the mask, and a part of it
+    key_bytes = heads * channels * (size + wide * (explicit and size < wide)) + 16
+    return _Load(flops * group, flops * _KEY_PAIRS, call_flops, pair_bytes, key_bytes, memory_bytes)
+
+
+@lru_cache(maxsize=256)
+def _choose(layout: Layout, load: _Load) -> Tile:
+    """The cheapest query tile. Pairs and keys of all tiles are exact: both are products over the axes."""
+    most = max(int(_CANDIDATES ** (1 / max(sum(length > 1 for length in layout.spec.shape), 1))), 2)
+    options = [_extents(layout, a)[:most] for a in range(layout.spec.rank)]
+    kinds = [[_axis_kinds(layout, a, extent) for extent in axis] for a, axis in enumerate(options)]
+
+    def product(count: Callable[[_AxisKind], int], total: Callable[[Iterable[int]], int] = sum) -> Any:
+        axes = [np.array([total(map(count, each)) for each in axis], float) for axis in kinds]
+        return reduce(np.multiply.outer, axes)
+
+    flops = load.pair_flops * product(lambda kind: kind.rows * kind.keys * len(kind.first_key))
+    flops += load.key_flops * product(lambda kind: kind.keys * len(kind.first_key))
+    flops += load.call_flops * product(lambda kind: 1)
+    needed = load.tile_bytes(product(lambda kind: kind.rows, max), product(lambda kind: kind.keys, max))
+    cost = np.where(needed <= load.memory_bytes, flops, np.inf)
+    best = np.argmin(cost if np.isfinite(cost).any() else needed)
+    return tuple(axis[i] for axis, i in zip(options, np.unravel_index(best, needed.shape), strict=True))
+
+
+def _extents(layout: Layout, a: int) -> list[int]:
+    """Tile extents of an axis, the likeliest first: whole stride groups need no mask."""
+    stride, longest = layout.spec.stride[a], _group_sizes(layout, a)[0]
+    extents = [stride, 8, 1, 4, longest, 2 * stride, 16, 2, 32, 4 * stride, 64, 128, 256, 512, 1024]
+    return list(dict.fromkeys(min(extent, longest) for extent in extents))
+
+
+@dataclass(frozen=True, eq=False)
+class _Kind:
+    """Tiles with equal rows, box and windows. ``queries`` are their tokens [tiles, rows]; the coordinate of
+    key ``j`` of tile ``i`` is ``first[i] + step[j]``."""
+
+    rows: tuple[int, ...]
+    box: tuple[int, ...]
+    windows: tuple[Tensor, ...]
+    queries: Tensor
+    first: Tensor
+    step: Tensor
+
+    def mask(self, dtype: torch.dtype, copies: int) -> Tensor | None:
+        """0 where a row sees a key, else -inf: [copies * rows, keys]; None if every row sees every key."""
+        total, rank, shape = None, len(self.rows), (copies, *self.rows, *self.box)
+        for a, windows in enumerate(self.windows):
+            if windows.numel():
+                lo, hi = windows.unsqueeze(-1)
+                key = torch.arange(self.box[a], device=lo.device)
+                hidden = (key < lo) | (key >= hi)
+                part = torch.zeros_like(hidden, dtype=dtype).masked_fill_(hidden, -torch.inf)
+                part = part.view([n if i % rank == a else 1 for i, n in enumerate(self.rows + self.box)])
+                total = part if total is None else total + part
+        return None if total is None else total.expand(shape).reshape(-1, math.prod(self.box))
+
+
+class _Tables(NamedTuple):
+    """The tiles of a layout on a device. ``place`` maps coordinates to tokens of the layout, ``back`` those
+    to the queries of all kinds in a row, ``row_major`` those to what a score_mod sees."""
+
+    kinds: tuple[_Kind, ...]
+    place: Tensor
+    back: Tensor
+    row_major: Tensor
+
+
+@lru_cache(maxsize=32)
+def _tables(layout: Layout, tile: Tile, device: torch.device) -> _Tables:
+    def tensor(array: IntArray) -> Tensor:
+        with torch.inference_mode(False):  # so that training can use what inference cached
+            return torch.from_numpy(np.ascontiguousarray(array)).to(device)
+
+    sizes = [len(places.coordinate) for places in layout.places]
+    pitch = [math.prod(sizes[a + 1 :]) for a in range(len(sizes))]
+    columns = [places.coordinate * p for places, p in zip(layout.places, pitch, strict=True)]
+    place = np.argsort(layout.sum_over_axes(columns))
+    kinds, order = [], []
+    for combination in itertools.product(*(_axis_kinds(layout, a, extent) for a, extent in enumerate(tile))):
+        rows, box, *firsts, windows = zip(*combination, strict=True)
+        query, key, *steps = (
+            _flat(parts, pitch) for parts in (*firsts, map(np.arange, rows), map(np.arange, box))
+        )
+        queries = place[np.add.outer(query, steps[0])]
+        limits = tuple(tensor(one if np.ptp(one, axis=1).any() else one[:0]) for one in windows)
+        kinds.append(_Kind(rows, box, limits, tensor(queries), tensor(key), tensor(steps[1])))
+        order.append(queries.reshape(-1))
+    back = np.argsort(np.concatenate(order))
+    return _Tables(tuple(kinds), tensor(place), tensor(back), tensor(layout.row_major_tokens()[0]))
+
+
+def _flat(parts: Iterable[IntArray], pitch: Sequence[int]) -> IntArray:
+    """The coordinates of a box, row-major, from those of every axis."""
+    scaled = [part * p for part, p in zip(parts, pitch, strict=True)]
+    return cast(IntArray, reduce(np.add.outer, scaled).reshape(-1))
+
+
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    layout: Layout,
+    *,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    score_mod: ScoreMod | None = None,
+    return_lse: bool = False,
+    memory_bytes: int = 256 * 2**20,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Attention of query [B, Hq, T, D] to key [B, Hkv, T, D] and value [B, Hkv, T, Dv], T in the order of
+    ``layout``. A padded query copies the window of its group's last real query; padded keys are never seen.
+
+    Gathered boxes, masks and scores take about ``memory_bytes`` at a time, but at least one tile's; training
+    recomputes them in the backward pass if all together exceed half of it.
+
+    Returns:
+        [B, Hq, T, Dv] in the dtype of ``query``; with ``return_lse`` also the natural log-sum-exp [B, Hq, T],
+        float64 if the inputs are, else float32. A row that ``score_mod`` sends to -inf gives zeros and -inf.
+    """
+    heads, kv_heads, explicit = query.shape[1], key.shape[1], return_lse or score_mod is not None
+    if heads != kv_heads and not (enable_gqa and heads % kv_heads == 0):
+        raise GNAError(
+            f"query heads must equal key heads, or be a multiple of them: got {heads} and {kv_heads}.\n"
+            f"  query is {tuple(query.shape)}, key {tuple(key.shape)}. Pass enable_gqa=True for multiples."
+        )
+    q, k, v = (x.flatten(0, 1) for x in (query, key, value))
+    trains = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad or explicit)
+    group = heads // kv_heads
+    load = _load(k, v, group, explicit, memory_bytes // 2 if trains else memory_bytes)  # half for gradients
+    tables = _tables(layout, _choose(layout, load), q.device)
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    call = _Call(tables, load, trains, scale, score_mod, explicit, (kv_heads, group), {})
+    out, *lse = (x.reshape(*query.shape[:3], *x.shape[2:]) for x in call(q, k, v))
+    return (out, lse[0]) if return_lse else out
+
+
+class _Call(NamedTuple):
+    tables: _Tables
+    load: _Load
+    trains: bool
+    scale: float
+    score_mod: ScoreMod | None
+    explicit: bool
+    heads: tuple[int, int]  # of the key, and of the query per head of the key
+    mask: dict[_Kind, Tensor | None]  # the latest
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
+        """The output [B * Hq, T, Dv] of all tiles and, if every score is spelled out, the log-sum-exp."""
+        room = self.load.memory_bytes
+        each = [self.load.tile_bytes(kind.queries.shape[1], len(kind.step)) for kind in self.tables.kinds]
+        needed = sum(size * len(kind.first) for size, kind in zip(each, self.tables.kinds, strict=True))
+        attend: Callable[..., tuple[Tensor, ...]] = self._attend
+        if self.trains and needed > room:
+            attend = partial(checkpoint, attend, use_reentrant=False, preserve_rng_state=False)
+        room = min(room, _CPU_CALL_BYTES) if not self.trains and q.device.type == "cpu" else room
+        done = []
+        for kind, size in zip(self.tables.kinds, each, strict=True):
+            fit = min(max(room // size, 1), _TILES_PER_CALL)
+            done += [attend(q, k, v, kind, slice(i, i + fit)) for i in range(0, len(kind.first), fit)]
+        return tuple(torch.cat(part, 1).index_select(1, self.tables.back) for part in zip(*done, strict=True))
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, kind: _Kind, tiles: slice) -> tuple[Tensor, ...]:
+        """Attention of some tiles of one kind. Tiles go where heads go, batch and heads where the batch goes,
+        so that one mask serves all; the query heads of a key head become rows."""
+        queries, keys = kind.queries[tiles], self.tables.place[kind.first[tiles, None] + kind.step]
+        k, v = (x.index_select(1, keys.reshape(-1)).reshape(len(x), *keys.shape, x.shape[-1]) for x in (k, v))
+        (n, rows), batch, group = queries.shape, len(k), self.heads[1]
+        q = q.index_select(1, queries.reshape(-1)).reshape(batch, group, n, rows, q.shape[-1])
+        q = q.transpose(1, 2).flatten(2, 3)
+        if kind not in self.mask:
+            self.mask.clear()
+            self.mask[kind] = kind.mask(q.dtype, group)
+        if self.explicit:
+            parts: tuple[Tensor, ...] = self._spelled_out(q, k, v, self.mask[kind], (queries, keys))
+        else:
+            parts = (scaled_dot_product_attention(q, k, v, attn_mask=self.mask[kind], scale=self.scale),)
+        split = (x.reshape(batch, n, group, rows, *x.shape[3:]).transpose(1, 2) for x in parts)
+        return tuple(x.reshape(batch * group, n * rows, *x.shape[4:]) for x in split)
+
+    def _spelled_out(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, at: Pair) -> Pair:
+        """Output and log-sum-exp with every score in float32 or wider, under autocast too."""
+        wide = torch.promote_types(q.dtype, torch.float32)
+        with torch.autocast(q.device.type, enabled=False):
+            scores = (q.to(wide) @ k.to(wide).mT) * self.scale
+            if self.score_mod is not None and scores.numel():
+                scores = self._modified(scores, self.score_mod, *at)
+            if mask is not None:
+                scores = scores.masked_fill(mask < 0, -torch.inf)
+            top = scores.detach().amax(-1, keepdim=True)
+            weights = (scores - top.clamp(min=torch.finfo(wide).min)).exp()
+            total = weights.sum(-1, keepdim=True).clamp(min=1)  # less only if no key is left
+            return (weights @ v.to(wide) / total).to(q.dtype), (top + total.log()).squeeze(-1)
+
+    def _modified(self, scores: Tensor, mod: Callable[..., Tensor], queries: Tensor, keys: Tensor) -> Tensor:
+        """``mod`` of scores [B * Hkv, tiles, group * rows, keys], with FlexAttention's indices."""
+        heads, group = self.heads
+        grid = scores.view(-1, heads, len(keys), group, queries.shape[1], keys.shape[1])
+        b, h = (torch.arange(size, device=keys.device) for size in (len(grid), heads * group))
+        # What varies along keys, rows, group, tiles, key heads, batch: the innermost map comes first.
+        for varies in ("k", "q", "h", "qk", "h", "b"):
+            mod = torch.vmap(mod, in_dims=(0, *(0 if index in varies else None for index in "bhqk")))
+        q_idx, kv_idx = self.tables.row_major[queries], self.tables.row_major[keys]
+        return mod(grid, b, h.view(heads, group), q_idx, kv_idx).to(scores.dtype).view_as(scores)

@@ -6,8 +6,9 @@ tiles), each query tile into key tiles, and lists the tokens of a key tile row-m
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import NamedTuple
@@ -164,13 +165,23 @@ def _axis_places(axis: Axis, q_tile: int | None) -> AxisPlaces:
 # ---- permute -----------------------------------------------------------------------------------------
 
 
+@contextlib.contextmanager
+def real_tensors() -> Iterator[None]:
+    """Make tensors that can be kept: those made under inference_mode could not be used in training later on,
+    those made while tracing are not real."""
+    with torch.inference_mode(False), contextlib.ExitStack() as stack:
+        if torch._C._len_torch_dispatch_stack():
+            stack.enter_context(torch.utils._python_dispatch._disable_current_modes())
+        yield
+
+
 @lru_cache(maxsize=32)
 def _token_index(layout: Layout, device: torch.device) -> Tensor:
     """For every row-major token its place in the order, int64 [tokens] on ``device``."""
     tokens, is_pad = layout.row_major_tokens()
     place = np.empty(layout.spec.num_tokens, np.int64)
     place[tokens[~is_pad]] = np.flatnonzero(~is_pad)
-    with torch.inference_mode(False):
+    with real_tensors():
         return torch.from_numpy(place).to(device)
 
 

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gnaflex.layout import Layout
+from gnaflex.layout import Layout, real_tensors
 from gnaflex.spec import GNA, GNAError
 from gnaflex.window import IntArray, torch_source
 
@@ -124,8 +124,7 @@ def _reason_against(form: str, layout: Layout) -> str | None:
 def build(record: MaskRecord, device: torch.device, padded_to: int = PADDED_TO) -> MaskMod:
     """The mask_mod of a record, its tables on ``device`` and padded to a multiple of ``padded_to`` tokens."""
     make = {"packed": _packed, "table": _table, "interval": _interval, "arith": _arith}[record.form]
-    # Tensors made under inference_mode could not be used in training later on.
-    with torch.inference_mode(False), torch.utils._python_dispatch._disable_current_modes():
+    with real_tensors():
         to_device = functools.partial(_tensor, device=device, multiple=padded_to)
         mod = make(record.layout, to_device)
     mod.gnaflex = record  # type: ignore[attr-defined]

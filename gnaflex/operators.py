@@ -94,11 +94,17 @@ def _fake(query: Tensor, value: Tensor, lse: bool) -> tuple[Tensor, Tensor]:
     return query.new_empty((*query.shape[:-1], value.shape[-1])), query.new_empty(shape, dtype=dtype)
 
 
+def _autograd_inside_an_operator() -> Any:
+    """The implementation of an operator runs below autograd; this lets it use autograd once more."""
+    include, exclude = torch._C._dispatch_tls_local_include_set(), torch._C._dispatch_tls_local_exclude_set()
+    return torch._C._ForceDispatchKeyGuard(include, exclude & torch._C._after_autograd_keyset)
+
+
 def _recomputed(
     run: Any, q: Tensor, k: Tensor, v: Tensor, grads: Sequence[Tensor], lse: bool
 ) -> list[Tensor]:
     """Gradients of q, k, v by running the forward again with gradients."""
-    with torch.enable_grad():
+    with torch.enable_grad(), _autograd_inside_an_operator():
         leaves = [x.detach().requires_grad_() for x in (q, k, v)]
         out = run(*leaves)
         outputs = list(out) if lse else [out]

@@ -7,11 +7,12 @@ all boxes of a run see in full is one box.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
 
-from gnaflex.blocks import Grid, Pending, Ranges, expand, joined
+from gnaflex.blocks import CHUNK, Grid, Pending, Ranges, expand, joined, offsets
 from gnaflex.spec import GNA, Axis
 from gnaflex.tiles import Tile, groups, relation
 from gnaflex.window import IntArray
@@ -155,30 +156,41 @@ def _group_digit(
 
 
 def _touched(block: IntArray, dims: list[_Dim], columns: int, size: int) -> Ranges:
-    """The column blocks that some token of a row block is paired with."""
-    span = dims[-1].touched_hi - dims[-1].touched_lo
-    depth = np.zeros(len(block), np.int64)
-    merging = np.ones(len(block), bool)
+    """The column blocks that some token of a row block is paired with.
+
+    What a box touches is a token run per step of its outer digits. Inner digits whose steps lie less than a
+    block apart touch every block between: their runs are taken as one.
+    """
+    count = np.stack([dim.touched_hi - dim.touched_lo for dim in dims])
+    span = count[-1]
+    merged = np.ones(len(block), np.int64)  # trailing digits taken as one run
     for at in range(len(dims) - 2, -1, -1):
-        steps = dims[at].touched_hi - dims[at].touched_lo - 1
-        merging &= (dims[at].pitch - span < size) | (steps == 0)
-        span = np.where(merging, steps * dims[at].pitch + span, span)
-        depth += merging
-    base = sum((dim.touched_lo * dim.pitch for dim in dims), start=np.zeros(len(block), np.int64))
+        steps, pitch = count[at] - 1, dims[at].pitch
+        joins = (merged == len(dims) - 1 - at) & ((pitch - span < size) | (steps == 0))
+        span = np.where(joins, steps * pitch + span, span)
+        merged += joins
+    start = block * (columns * size)  # a row of tokens, wide enough that no run leaves it
+    for dim in dims:
+        start = start + dim.touched_lo * dim.pitch
+    outer = np.where(np.arange(len(dims))[:, None] < len(dims) - merged, count, 1)
     parts = []
-    for merged in np.unique(depth):
-        rows = np.flatnonzero(depth == merged)
-        outer = dims[: len(dims) - 1 - int(merged)]
-        counts = [(dim.touched_hi - dim.touched_lo)[rows] for dim in outer]
-        tokens = columns * size  # a row of tokens, wide enough that no run leaves it
-        runs = expand(block[rows] * tokens + base[rows], span[rows], counts, [dim.pitch for dim in outer])
-        parts.append(Ranges(runs.start // size, (runs.stop - 1) // size + 1))
-    return _union(parts, columns)
+    for part in _parts(block, outer.prod(axis=0)):
+        runs = expand(start[part], span[part], [*outer[:-1, part]], [dim.pitch for dim in dims[:-1]])
+        parts.append(_union(runs.start // size, (runs.stop - 1) // size + 1, columns))
+    return joined(parts)
 
 
-def _union(parts: list[Ranges], columns: int) -> Ranges:
+def _parts(block: IntArray, runs: IntArray) -> Iterator[slice]:
+    """Boxes in parts of about ``CHUNK`` runs; a row block stays in one part."""
+    first = np.flatnonzero(np.diff(block, prepend=-1))
+    before = offsets(runs)[first]
+    cuts = np.searchsorted(before, np.arange(0, int(runs.sum()), CHUNK))
+    edges = sorted({*first[cuts[cuts < len(first)]].tolist(), len(block)})
+    yield from map(slice, edges, edges[1:])
+
+
+def _union(start: IntArray, stop: IntArray, columns: int) -> Ranges:
     """The union of ranges, each within one row of ``columns`` blocks."""
-    start, stop = (np.concatenate([part[at] for part in parts]) for at in (0, 1))
     packed = start * (columns + 1) + (stop - start)
     packed.sort()
     start, length = np.divmod(packed, columns + 1)
@@ -207,7 +219,7 @@ def _full(block: IntArray, dims: list[_Dim], columns: int, size: int, whole_rows
         covered &= (hi[at] - lo[at]) == dims[at].size
         depth += covered
     parts = []
-    for covering in np.unique(depth):
+    for covering in sorted(set(depth.tolist())):
         run = len(dims) - 1 - int(covering)
         length = (hi[run] - lo[run]) * dims[run].pitch
         # Shorter runs hold no whole block, not even two of them that meet.

@@ -115,8 +115,11 @@ def _alike(ranges: TileRanges, step: int) -> tuple[IntArray, IntArray]:
     offset = np.where(full > 0, ranges.full_lo - ranges.touched_lo, 0)
     size = int(touched.max()) + 1
     key = ((touched * size + full) * size + offset) * step + ranges.touched_lo % step
-    _, first, group = np.unique(key, return_index=True, return_inverse=True)
-    return first, group
+    order = np.argsort(key, kind="stable")  # np.unique would import numpy.ma, 5 ms in a fresh process
+    is_first = np.diff(key[order], prepend=-1) > 0
+    group = np.empty(len(key), np.int64)
+    group[order] = np.cumsum(is_first) - 1
+    return order[is_first], group
 
 
 def _placement(q_tiles: Tile, ratio: Tile) -> list[IntArray]:

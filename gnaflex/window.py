@@ -91,6 +91,7 @@ class _Simplifier:
         self.sympy = sympy
         self.n = n
         self.facts: list[str] = []
+        self.done: dict[sympy.Expr, _Ranged] = {}  # hi is lo and a step: no need to go through lo twice
         self.rules: dict[type, Callable[[Any], _Ranged]] = {
             sympy.Symbol: lambda node: _Ranged(node, 0, n - 1),
             sympy.Add: self._add,
@@ -103,8 +104,10 @@ class _Simplifier:
     def __call__(self, node: sympy.Expr) -> _Ranged:
         if node.is_Integer:
             return _Ranged(node, int(node), int(node))
-        out = self.rules[type(node)](node)
-        return self._constant(out.low) if out.low == out.high else out
+        if node not in self.done:
+            out = self.rules[type(node)](node)
+            self.done[node] = self._constant(out.low) if out.low == out.high else out
+        return self.done[node]
 
     def _constant(self, value: int) -> _Ranged:
         return _Ranged(self.sympy.Integer(value), value, value)

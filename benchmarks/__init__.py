@@ -1,0 +1,1 @@
+"""Benchmarks: one runner (``python -m benchmarks.run``), measured things as data, results in results/."""

@@ -1,0 +1,88 @@
+"""The import law, and what a fresh process loads."""
+
+from __future__ import annotations
+
+import ast
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import gnaflex
+
+ROOT = Path(__file__).parent.parent / "gnaflex"
+# what each module may import from gnaflex at its top level
+LAW = {
+    "spec": set(),
+    "window": {"spec"},
+    "tiles": {"spec", "window"},
+    "blocks": {"window"},
+    "row_blocks": {"spec", "window", "tiles", "blocks"},
+    "tile_blocks": {"spec", "window", "tiles", "blocks"},
+    "layout": {"spec", "window", "tiles"},
+    "mask": {"spec", "window", "layout"},
+    "flex": {"spec", "tiles", "blocks", "row_blocks", "tile_blocks", "layout", "mask"},
+    "reference": {"spec"},
+    "gather": {"spec", "window", "tiles", "layout", "mask"},
+    "compiled": set(),
+    "dispatch": {"spec", "layout", "mask", "flex", "compiled", "gather", "reference"},
+    "operators": {"spec", "layout", "mask", "flex"},
+    "door": {"spec", "tiles", "layout", "mask", "flex", "dispatch", "operators"},
+}
+NO_TORCH = {"spec", "window", "tiles", "blocks", "row_blocks", "tile_blocks"}
+
+
+def top_level_imports(path: Path) -> set[str]:
+    out = set()
+    for node in ast.parse(path.read_text()).body:
+        if isinstance(node, ast.ImportFrom) and node.module:
+            names = (
+                [f"{node.module}.{alias.name}" for alias in node.names]
+                if node.module == "gnaflex"
+                else [node.module]
+            )
+            out.update(names)
+        elif isinstance(node, ast.Import):
+            out.update(alias.name for alias in node.names)
+    return out
+
+
+@pytest.mark.parametrize("module", sorted(LAW))
+def test_import_law(module):
+    found = top_level_imports(ROOT / f"{module}.py")
+    ours = {name.split(".")[1] for name in found if name.startswith("gnaflex.")}
+    assert ours <= LAW[module], f"{module} may not import {ours - LAW[module]}"
+    if module in NO_TORCH:
+        assert not any(name.split(".")[0] == "torch" for name in found)
+
+
+def test_the_law_knows_every_module():
+    commands = {"__init__", "__main__", "cli", "demo", "pictures"}
+    assert {path.stem for path in ROOT.glob("*.py")} - commands == set(LAW)
+
+
+def fresh(code: str) -> list[str]:
+    """What a fresh process has loaded after ``code``."""
+    code += "\nimport sys, json; print(json.dumps(sorted(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    return json.loads(done.stdout)
+
+
+def test_import_loads_nothing_heavy():
+    loaded = set(fresh("import gnaflex"))
+    assert not loaded & {"sympy", "cutlass", "triton", "matplotlib", "diffusers", "rich", "torch._inductor"}
+
+
+def test_sympy_waits_until_a_window_is_needed():
+    assert "sympy" not in fresh("import gnaflex\ngnaflex.GNA((30, 48, 80), (18, 24, 24), (16, 8, 8))")
+    assert "sympy" in fresh("import gnaflex\ngnaflex.block_mask((8, 8), 3, device='cpu')")
+
+
+def test_public_names():
+    assert gnaflex.__all__ == sorted(gnaflex.__all__)
+    modules = {path.stem for path in ROOT.glob("*.py")}
+    assert not modules & set(gnaflex.__all__)
+    for name in gnaflex.__all__:
+        assert getattr(gnaflex, name).__doc__, name
