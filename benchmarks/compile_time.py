@@ -68,7 +68,7 @@ def measure(quick: bool) -> Iterator[Row]:
 
 
 def against_torch(shape: tuple[int, ...], window: tuple[int, ...], quick: bool) -> Iterator[Row]:
-    """torch.compile(create_block_mask) of the same mask, compiled before it is timed; equal block for block."""
+    """create_block_mask of the same mask, compiled before it is timed; equal block for block."""
     name = "x".join(map(str, shape))
     spec = gnaflex.GNA(shape, window)
     plain = gnaflex.mask_mod(spec, "arith")

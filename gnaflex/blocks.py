@@ -77,7 +77,8 @@ def written(pending: Sequence[Pending], full_width: bool) -> list[Lists]:
     out = []
     for one, shape, end in zip(pending, shapes, np.cumsum(sizes), strict=True):
         indices = whole[end - math.prod(shape) :][: math.prod(shape)].reshape(shape)
-        one.write(indices)
+        if one.counts.any():  # else not even the first page of a row is touched
+            one.write(indices)
         out.append(Lists(one.counts.astype(np.int32), indices))
     return out
 

@@ -1,0 +1,57 @@
+"""The README: its code runs, its commands are what CI runs, its figures stand in the committed results."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+
+
+def code(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+
+
+@pytest.mark.parametrize("number", range(len(code("python"))))
+def test_code_runs(number):
+    subprocess.run([sys.executable, "-c", code("python")[number]], check=True, capture_output=True, cwd=ROOT)
+
+
+def test_the_two_commands():
+    demo, tests = code("sh")
+    assert demo.strip() == "pip install torch==2.13.0 '.[demo]' && gnaflex demo"
+    assert tests.strip() == "pip install torch==2.13.0 '.[test]' && pytest"
+
+
+def test_figures_stand_in_a_results_file():
+    """The table and the sentence below it are what the committed compile_time results say."""
+    (path,) = (ROOT / "benchmarks" / "results").glob("*/compile_time.json")
+    rows = {row["what"]: row["median"] for row in json.loads(path.read_text())["rows"]}
+    table = re.findall(r"^\| (.*) \| ([\d.]+) ms \| ([\d.]+) ms \|$", README, re.MULTILINE)
+    assert len(table) == 7
+    for what, first, later in table:
+        assert float(first) == pytest.approx(rows[f"{what}: first call in a process"], rel=0.05)
+        assert float(later) == pytest.approx(rows[f"{what}: later calls"], rel=0.05)
+    took, times = re.search(r"takes ([\d.]+) s for.*?: ([\d,]+) times as long", README).groups()
+    assert float(took) == pytest.approx(rows["30x48x80: compiled create_block_mask"], rel=0.05)
+    name = "30x48x80: times faster than compiled create_block_mask"
+    assert float(times.replace(",", "")) == pytest.approx(rows[name], rel=0.05)
+    (path,) = (ROOT / "benchmarks" / "results").glob("*/cpu_attention.json")
+    rows = {row["what"]: row["median"] for row in json.loads(path.read_text())["rows"]}
+    for order in ("row-major", "tile-major"):
+        said = re.search(rf"([\d.]+) \({order}\)", README).group(1)
+        name = f"16x32x32 window 9x13x13 fp32, {order}: over the same lists all full"
+        assert float(said) == pytest.approx(rows[name], abs=0.02)
+
+
+def test_every_public_name_has_its_line():
+    import gnaflex
+
+    for name in gnaflex.__all__:
+        assert name in README or name == "GNAError", name
