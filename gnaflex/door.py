@@ -235,7 +235,7 @@ def _boxes(size: int, rank: int) -> tuple[tuple[int, ...], ...]:
 def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     """What autocast does to SDPA: floating tensors but float64 to the autocast dtype."""
     kind = tensors[0].device.type
-    if not torch.is_autocast_enabled(kind):
+    if not (torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)):
         return tensors
     dtype = torch.get_autocast_dtype(kind)
     return tuple(x.to(dtype) if x.is_floating_point() and x.dtype != torch.float64 else x for x in tensors)

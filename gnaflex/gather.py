@@ -17,7 +17,7 @@ from typing import Any, NamedTuple, cast
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.functional import scaled_dot_product_attention as sdpa
 from torch.utils.checkpoint import checkpoint
 
 from gnaflex.layout import Layout
@@ -26,13 +26,13 @@ from gnaflex.spec import GNAError
 from gnaflex.tiles import Tile
 from gnaflex.window import IntArray
 
-Pair = tuple[Tensor, Tensor]
+Tensors = tuple[Tensor, ...]
 
 # Measured on an AMD EPYC, 1 thread, fp32, torch 2.13: 80 GFLOP/s, a call 60 us; gathering a key and its
 # value, with what a call loses on few rows, takes as long as 24 pairs. A GPU's flops take a thousandth.
 _KEY_PAIRS = 24
 _CALL_FLOPS, _CALL_FLOPS_GPU = 5e6, 1e9
-_CPU_CALL_BYTES = 32 * 2**20  # 8 to 128 MiB are as fast; larger gathers pay for page faults
+_CPU_CALL_BYTES = 32 * 2**20  # 8 to 128 MiB are as fast; larger temporaries pay for page faults
 _TILES_PER_CALL = 2**15  # tiles go where heads go, a CUDA grid axis of at most 65535
 _CANDIDATES = 30_000  # query tiles that are weighed
 
@@ -73,13 +73,14 @@ def _group_sizes(layout: Layout, a: int) -> list[int]:
 
 
 class _Load(NamedTuple):
-    """All that the choice of tiles depends on besides the layout: what a pair, a key and a call cost."""
+    """All that the choice of tiles depends on besides the layout; bytes are those of one key head."""
 
     pair_flops: int
     key_flops: int
     call_flops: float
     pair_bytes: int
     key_bytes: int
+    fast_bytes: int
     memory_bytes: int
 
     def tile_bytes(self, rows: Any, keys: Any) -> Any:
@@ -90,11 +91,14 @@ def _load(k: Tensor, v: Tensor, group: int, explicit: bool, memory_bytes: int) -
     heads, channels, size, device = k.shape[0], k.shape[-1] + v.shape[-1], k.element_size(), k.device.type
     wide = max(size, 4)
     # Copies of the scores in memory: torch's CPU kernel keeps none, but takes one head dim only.
-    scores = 6 if explicit else 0 if device == "cpu" and v.shape[-1] == k.shape[-1] else 3
+    scores = 5 if explicit else 0 if device == "cpu" and v.shape[-1] == k.shape[-1] else 3
     flops, call_flops = 2 * channels * heads, _CALL_FLOPS if device == "cpu" else _CALL_FLOPS_GPU
-    pair_bytes = wide * group * (heads * scores + 2)  # 2: the mask, and a part of it
-    key_bytes = heads * channels * (size + wide * (explicit and size < wide)) + 16
-    return _Load(flops * group, flops * _KEY_PAIRS, call_flops, pair_bytes, key_bytes, memory_bytes)
+    pair_bytes = wide * group * (scores + 2)  # 2: the mask, and a part of it
+    key_bytes = channels * (size + wide * (explicit and size < wide)) + 16
+    fast_bytes = min(memory_bytes, _CPU_CALL_BYTES) if device == "cpu" else memory_bytes
+    return _Load(
+        flops * group, flops * _KEY_PAIRS, call_flops, pair_bytes, key_bytes, fast_bytes, memory_bytes
+    )
 
 
 @lru_cache(maxsize=256)
@@ -112,7 +116,7 @@ def _choose(layout: Layout, load: _Load) -> Tile:
     flops += load.key_flops * product(lambda kind: kind.keys * len(kind.first_key))
     flops += load.call_flops * product(lambda kind: 1)
     needed = load.tile_bytes(product(lambda kind: kind.rows, max), product(lambda kind: kind.keys, max))
-    cost = np.where(needed <= load.memory_bytes, flops, np.inf)
+    cost = np.where(needed <= load.memory_bytes, flops * (1 + (needed > load.fast_bytes)), np.inf)
     best = np.argmin(cost if np.isfinite(cost).any() else needed)
     return tuple(axis[i] for axis, i in zip(options, np.unravel_index(best, needed.shape), strict=True))
 
@@ -131,7 +135,7 @@ class _Kind:
 
     rows: tuple[int, ...]
     box: tuple[int, ...]
-    windows: tuple[Tensor, ...]
+    windows: Tensors
     queries: Tensor
     first: Tensor
     step: Tensor
@@ -141,9 +145,8 @@ class _Kind:
         total, rank, shape = None, len(self.rows), (copies, *self.rows, *self.box)
         for a, windows in enumerate(self.windows):
             if windows.numel():
-                lo, hi = windows.unsqueeze(-1)
-                key = torch.arange(self.box[a], device=lo.device)
-                hidden = (key < lo) | (key >= hi)
+                key = torch.arange(self.box[a], device=windows.device)
+                hidden = (key < windows[0, :, None]) | (key >= windows[1, :, None])
                 part = torch.zeros_like(hidden, dtype=dtype).masked_fill_(hidden, -torch.inf)
                 part = part.view([n if i % rank == a else 1 for i, n in enumerate(self.rows + self.box)])
                 total = part if total is None else total + part
@@ -214,10 +217,8 @@ def attention(
     """
     heads, kv_heads, explicit = query.shape[1], key.shape[1], return_lse or score_mod is not None
     if heads != kv_heads and not (enable_gqa and heads % kv_heads == 0):
-        raise GNAError(
-            f"query heads must equal key heads, or be a multiple of them: got {heads} and {kv_heads}.\n"
-            f"  query is {tuple(query.shape)}, key {tuple(key.shape)}. Pass enable_gqa=True for multiples."
-        )
+        rule = f"query heads must be those of the key, or a multiple: got {heads}, {kv_heads}, {enable_gqa=}"
+        raise GNAError(f"{rule}.\n  query is {tuple(query.shape)}, key {tuple(key.shape)}.")
     q, k, v = (x.flatten(0, 1) for x in (query, key, value))
     trains = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad or explicit)
     group = heads // kv_heads
@@ -239,24 +240,29 @@ class _Call(NamedTuple):
     heads: tuple[int, int]  # of the key, and of the query per head of the key
     mask: dict[_Kind, Tensor | None]  # the latest
 
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensors:
         """The output [B * Hq, T, Dv] of all tiles and, if every score is spelled out, the log-sum-exp."""
-        room = self.load.memory_bytes
-        each = [self.load.tile_bytes(kind.queries.shape[1], len(kind.step)) for kind in self.tables.kinds]
-        needed = sum(size * len(kind.first) for size, kind in zip(each, self.tables.kinds, strict=True))
-        attend: Callable[..., tuple[Tensor, ...]] = self._attend
-        if self.trains and needed > room:
+        kinds, load, heads = self.tables.kinds, self.load, max(len(k), 1)
+        each = [load.tile_bytes(kind.queries.shape[1], len(kind.step)) for kind in kinds]
+        needed = heads * sum(size * len(kind.first) for size, kind in zip(each, kinds, strict=True))
+        attend: Callable[..., Tensors] = self._attend
+        if self.trains and needed > load.memory_bytes:
             attend = partial(checkpoint, attend, use_reentrant=False, preserve_rng_state=False)
-        room = min(room, _CPU_CALL_BYTES) if not self.trains and q.device.type == "cpu" else room
-        done = []
-        for kind, size in zip(self.tables.kinds, each, strict=True):
-            fit = min(max(room // size, 1), _TILES_PER_CALL)
-            done += [attend(q, k, v, kind, slice(i, i + fit)) for i in range(0, len(kind.first), fit)]
+        room = load.memory_bytes if self.trains else load.fast_bytes
+        some = min(max(room // max(each), 1), heads)
+        numbers, done = torch.arange(len(k), device=k.device), []
+        rows = zip((q, k, v, numbers), (self.heads[1], 1, 1, 1), strict=True)
+        slices = [torch.split(x, some * n) for x, n in rows]
+        for kind, size in zip(kinds, each, strict=True):
+            fit = min(max(room // (some * size), 1), _TILES_PER_CALL)
+            for tiles in (slice(i, i + fit) for i in range(0, len(kind.first), fit)):
+                parts = [attend(*part, kind, tiles) for part in zip(*slices, strict=True)]
+                done.append([torch.cat(part) for part in zip(*parts, strict=True)])
         return tuple(torch.cat(part, 1).index_select(1, self.tables.back) for part in zip(*done, strict=True))
 
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor, kind: _Kind, tiles: slice) -> tuple[Tensor, ...]:
-        """Attention of some tiles of one kind. Tiles go where heads go, batch and heads where the batch goes,
-        so that one mask serves all; the query heads of a key head become rows."""
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, heads: Tensor, kind: _Kind, tiles: slice) -> Tensors:
+        """Some tiles of one kind, for the key heads ``heads`` of all batches. Tiles go where heads go, these
+        where the batch goes, so that one mask serves all; the query heads of a key head become rows."""
         queries, keys = kind.queries[tiles], self.tables.place[kind.first[tiles, None] + kind.step]
         k, v = (x.index_select(1, keys.reshape(-1)).reshape(len(x), *keys.shape, x.shape[-1]) for x in (k, v))
         (n, rows), batch, group = queries.shape, len(k), self.heads[1]
@@ -265,34 +271,35 @@ class _Call(NamedTuple):
         if kind not in self.mask:
             self.mask.clear()
             self.mask[kind] = kind.mask(q.dtype, group)
-        if self.explicit:
-            parts: tuple[Tensor, ...] = self._spelled_out(q, k, v, self.mask[kind], (queries, keys))
-        else:
-            parts = (scaled_dot_product_attention(q, k, v, attn_mask=self.mask[kind], scale=self.scale),)
+        mask, at = self.mask[kind], (heads, queries, keys)
+        parts = (
+            self._explicit(q, k, v, mask, at) if self.explicit else (sdpa(q, k, v, mask, scale=self.scale),)
+        )
         split = (x.reshape(batch, n, group, rows, *x.shape[3:]).transpose(1, 2) for x in parts)
         return tuple(x.reshape(batch * group, n * rows, *x.shape[4:]) for x in split)
 
-    def _spelled_out(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, at: Pair) -> Pair:
+    def _explicit(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, at: Tensors) -> Tensors:
         """Output and log-sum-exp with every score in float32 or wider, under autocast too."""
         wide = torch.promote_types(q.dtype, torch.float32)
         with torch.autocast(q.device.type, enabled=False):
-            scores = (q.to(wide) @ k.to(wide).mT) * self.scale
+            scores = (q.to(wide) * self.scale) @ k.to(wide).mT
             if self.score_mod is not None and scores.numel():
-                scores = self._modified(scores, self.score_mod, *at)
+                scores = self._modified(scores, self.score_mod, at)
             if mask is not None:
-                scores = scores.masked_fill(mask < 0, -torch.inf)
+                scores.masked_fill_(mask < 0, -torch.inf)  # in place wherever autograd keeps nothing
             top = scores.detach().amax(-1, keepdim=True)
-            weights = (scores - top.clamp(min=torch.finfo(wide).min)).exp()
+            weights = scores.sub_(top.clamp(min=torch.finfo(wide).min)).exp_()
             total = weights.sum(-1, keepdim=True).clamp(min=1)  # less only if no key is left
             return (weights @ v.to(wide) / total).to(q.dtype), (top + total.log()).squeeze(-1)
 
-    def _modified(self, scores: Tensor, mod: Callable[..., Tensor], queries: Tensor, keys: Tensor) -> Tensor:
-        """``mod`` of scores [B * Hkv, tiles, group * rows, keys], with FlexAttention's indices."""
-        heads, group = self.heads
-        grid = scores.view(-1, heads, len(keys), group, queries.shape[1], keys.shape[1])
-        b, h = (torch.arange(size, device=keys.device) for size in (len(grid), heads * group))
-        # What varies along keys, rows, group, tiles, key heads, batch: the innermost map comes first.
-        for varies in ("k", "q", "h", "qk", "h", "b"):
+    def _modified(self, scores: Tensor, mod: Callable[..., Tensor], at: Tensors) -> Tensor:
+        """``mod`` of scores [key heads, tiles, group * rows, keys], with FlexAttention's indices."""
+        (kv_heads, group), (heads, queries, keys) = self.heads, at
+        grid = scores.view(len(heads), len(keys), group, -1, keys.shape[1])
+        h = heads[:, None] % kv_heads * group + torch.arange(group, device=heads.device)
+        # What varies along keys, rows, group, tiles, key heads of all batches: the innermost map comes first.
+        for varies in ("k", "q", "h", "qk", "bh"):
             mod = torch.vmap(mod, in_dims=(0, *(0 if index in varies else None for index in "bhqk")))
         q_idx, kv_idx = self.tables.row_major[queries], self.tables.row_major[keys]
-        return mod(grid, b, h.view(heads, group), q_idx, kv_idx).to(scores.dtype).view_as(scores)
+        modified = mod(grid, heads // kv_heads, h, q_idx, kv_idx).to(scores.dtype)
+        return modified.reshape(scores.shape).clone()  # what mod keeps for its gradient stays as it is

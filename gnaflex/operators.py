@@ -95,9 +95,12 @@ def _fake(query: Tensor, value: Tensor, lse: bool) -> tuple[Tensor, Tensor]:
 
 
 def _autograd_inside_an_operator() -> Any:
-    """The implementation of an operator runs below autograd; this lets it use autograd once more."""
-    include, exclude = torch._C._dispatch_tls_local_include_set(), torch._C._dispatch_tls_local_exclude_set()
-    return torch._C._ForceDispatchKeyGuard(include, exclude & torch._C._after_autograd_keyset)
+    """The implementation of an operator runs below autograd; this lets it use autograd once more. Nothing
+    else changes: autocast lies among the excluded keys too, and must stay there."""
+    excluded = torch._C._dispatch_tls_local_exclude_set()
+    for key in ("AutogradFunctionality", "AutogradOther", "AutogradNestedTensor"):
+        excluded = excluded - torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
+    return torch._C._ForceDispatchKeyGuard(torch._C._dispatch_tls_local_include_set(), excluded)
 
 
 def _recomputed(

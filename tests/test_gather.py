@@ -71,17 +71,17 @@ def by_everything(score: Tensor, b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Te
 
 
 def test_every_small_problem_of_one_axis():
-    for spec in all_1d(8):
+    for spec in all_1d(7):
         check(spec, Layout(spec), tensors(spec, batch=1, heads=1, kv_heads=1))
 
 
-@pytest.mark.parametrize("seed", range(60))
+@pytest.mark.parametrize("seed", range(45))
 def test_random_problems(seed):
     rng = random.Random(seed)
     spec = random_spec(rng, rng.randint(1, 4), 220)
     kv_heads = rng.choice([1, 2])
     qkv = tensors(spec, rng.choice([1, 2]), kv_heads * rng.choice([1, 3]), kv_heads, v_dim=rng.choice([8, 5]))
-    memory_bytes = rng.choice([1, 10_000, 2**28])
+    memory_bytes = rng.choice([5_000, 30_000, 2**28])
     check(spec, random_layout(rng, spec), qkv, by_everything if seed % 3 == 0 else None, memory_bytes)
 
 
@@ -98,6 +98,11 @@ def test_axes_of_one_token_and_many_axes():
         (1, 3, 1, 2, 4, 2, 1), (1, 2, 1, 2, 3, 1, 1), 1, 1, (True, True, False, False, False, True, False)
     )
     check(spec, Layout(spec), tensors(spec))
+
+
+def test_the_smallest_memory_takes_one_query_and_head_at_a_time():
+    spec = GNA((4, 6), (2, 3), 1, (1, 2))
+    check(spec, Layout(spec), tensors(spec), by_everything, memory_bytes=1)
 
 
 @pytest.mark.parametrize("scale", [0.0, -0.3, 2.0])
@@ -140,6 +145,26 @@ def test_a_row_without_keys_gives_zeros():
     assert (lse[:, :, 3] == -torch.inf).all()
     (out.sum() + lse[:, :, 4:].sum()).backward()
     assert all(x.grad is not None and x.grad.isfinite().all() for x in qkv)
+
+
+@pytest.mark.parametrize(
+    "mod",
+    [
+        lambda score, b, h, q_idx, kv_idx: score,
+        lambda score, b, h, q_idx, kv_idx: score.tanh(),
+        lambda score, b, h, q_idx, kv_idx: 0.1 * h - 0.01 * kv_idx,
+        lambda score, b, h, q_idx, kv_idx: torch.zeros(()),
+    ],
+    ids=["same", "tanh", "index", "constant"],
+)
+def test_any_score_mod(mod):
+    qkv = [x.requires_grad_() for x in tensors(DILATED, heads=4)]
+    want, want_lse = oracle(DILATED, qkv, score_mod=mod)
+    out, lse = attention(*qkv, Layout(DILATED), enable_gqa=True, score_mod=mod, return_lse=True)
+    torch.testing.assert_close(out, want)
+    torch.testing.assert_close(lse, want_lse)
+    for a, b in zip(gradients(out.sin().sum(), qkv[2:]), gradients(want.sin().sum(), qkv[2:]), strict=True):
+        torch.testing.assert_close(a, b)
 
 
 # ---- gradients ---------------------------------------------------------------------------------------
@@ -231,7 +256,7 @@ def test_an_empty_batch(mod):
 
 def test_heads_that_do_not_match_are_refused():
     q, k, v = tensors(SPEC, heads=4)
-    with pytest.raises(GNAError, match="enable_gqa=True"):
+    with pytest.raises(GNAError, match="a multiple: got 4, 2, enable_gqa=False"):
         attention(q, k, v, Layout(SPEC))
 
 
@@ -320,6 +345,17 @@ def test_groups_of_all_lengths_share_calls():
     spec = GNA((31, 28), (3, 4), (1, 2), (3, 5))
     kinds = stats(Layout(spec), lambda kind: len(kind.first))
     assert len(kinds) <= 16
+
+
+def test_heads_take_turns_when_memory_is_short(monkeypatch):
+    spec = GNA((6, 8), (3, 4))
+    heads: list[int] = []
+    real = gather._Call._attend
+    monkeypatch.setattr(
+        gather._Call, "_attend", lambda self, q, k, *a: heads.append(len(k)) or real(self, q, k, *a)
+    )
+    check(spec, Layout(spec), tensors(spec, heads=6, kv_heads=3), by_everything, memory_bytes=400_000)
+    assert 1 <= min(heads) < max(heads) < 6
 
 
 def test_a_tile_fits_the_memory_if_any_does():
