@@ -8,7 +8,7 @@ import torch
 from torch.nn.attention.flex_attention import create_block_mask
 
 import gnaflex
-from benchmarks.measure import Row, fresh_process, row, seconds
+from benchmarks.measure import Row, fresh_process, interleaved, ratios, row
 
 VIDEO = "(30, 48, 80), (18, 24, 24)"
 LTX = "(69, 64, 96), 11"
@@ -82,17 +82,14 @@ def against_torch(shape: tuple[int, ...], window: tuple[int, ...], quick: bool) 
         for kind in ("kv", "full_kv", "q", "full_q")
     )
     assert equal, "the masks differ"
-    rounds = [
-        (seconds(lambda: compiled(*arguments)), seconds(lambda: gnaflex.block_mask(spec, device="cpu")))
-        for _ in range(2)
-    ]
-    ours_only = sorted(seconds(lambda: gnaflex.block_mask(spec, device="cpu")) for _ in range(9))[4]
+    calls = {"theirs": lambda: compiled(*arguments), "ours": lambda: gnaflex.block_mask(spec, device="cpu")}
+    times = interleaved(calls, 3)
     full = shape == (30, 48, 80)
-    yield row(f"{name}: compiled create_block_mask", [a for a, _ in rounds], "s")
-    yield row(f"{name}: block_mask", [ours_only], "s")
+    yield row(f"{name}: compiled create_block_mask", times["theirs"], "s")
+    yield row(f"{name}: block_mask", [1e3 * took for took in times["ours"]], "ms")
     yield row(
         f"{name}: times faster than compiled create_block_mask",
-        [a / ours_only for a, _ in rounds],
+        ratios(times, "theirs", "ours"),
         "x",
         1000 if full else None,
         3000 if full else None,

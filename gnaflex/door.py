@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import AuxOutput, AuxRequest, BlockMask
 from torch.nn.attention.flex_attention import flex_attention as _torch_flex_attention
 
-from gnaflex import flex, operators
+from gnaflex import flex
 from gnaflex.dispatch import AUTO, BACKENDS, RUN, Call, Explanation, choose, known, reasons_against
 from gnaflex.layout import Layout, from_order, to_order
 from gnaflex.mask import MaskRecord, ScoreMod, choose_form
@@ -235,7 +235,7 @@ def _boxes(size: int, rank: int) -> tuple[tuple[int, ...], ...]:
 def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     """What autocast does to SDPA: floating tensors but float64 to the autocast dtype."""
     kind = tensors[0].device.type
-    if not (torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)):
+    if kind == "meta" or not torch.is_autocast_enabled(kind):
         return tensors
     dtype = torch.get_autocast_dtype(kind)
     return tuple(x.to(dtype) if x.is_floating_point() and x.dtype != torch.float64 else x for x in tensors)
@@ -323,6 +323,8 @@ def _while_compiling(call: Call, backend: str) -> Any:
             return_aux=call.aux,
         )
     assert call.record is not None
+    from gnaflex import operators  # 8 ms that only compiled functions need
+
     out, lse = operators.attend(
         call.query,
         call.key,
@@ -350,6 +352,8 @@ def _attention_while_compiling(
             "gnaflex.attention with a score_mod cannot be traced by torch.compile.\n"
             "  Call it outside the compiled function, or use gnaflex.flex_attention with block_mask()."
         )
+    from gnaflex import operators
+
     query, key, value = _autocast(query, key, value)
     rank = query.dim() - 3
     fields = [operators.per_axis(value, rank) for value in problem]

@@ -134,6 +134,8 @@ def build(record: MaskRecord, device: torch.device, padded_to: int = PADDED_TO) 
 def _tensor(values: IntArray, device: torch.device, multiple: int) -> Tensor:
     """A table as a tensor, its last entry repeated up to a multiple of a block."""
     tokens = values.shape[-1]
+    if tokens % multiple == 0:
+        return torch.from_numpy(values).to(device)
     padded = np.empty((*values.shape[:-1], -(-tokens // multiple) * multiple), values.dtype)
     padded[..., :tokens] = values
     padded[..., tokens:] = values[..., -1:]
@@ -164,12 +166,11 @@ class _Fields:
     def guard(self) -> int:
         return sum(1 << (shift + width) for shift, width in zip(self.shift, self.width, strict=True))
 
-    def pack(self, layout: Layout, values: Sequence[IntArray]) -> IntArray:
-        """One integer per token from one value per place of every axis."""
+    def pack(self, layout: Layout, values: Sequence[IntArray], plus: int = 0) -> IntArray:
+        """One integer per token from one value per place of every axis, and ``plus``."""
         dtype = np.int32 if self.bits <= 31 else np.int64
-        return layout.sum_over_axes(
-            [(value << shift).astype(dtype) for value, shift in zip(values, self.shift, strict=True)]
-        )
+        parts = [(value << shift).astype(dtype) for value, shift in zip(values, self.shift, strict=True)]
+        return layout.sum_over_axes([parts[0] + plus, *parts[1:]])
 
 
 def _packed(layout: Layout, to_device: Callable[[IntArray], Tensor]) -> MaskMod:
@@ -177,8 +178,8 @@ def _packed(layout: Layout, to_device: Callable[[IntArray], Tensor]) -> MaskMod:
     exactly when the key lies in the window on every axis."""
     fields = _Fields.of(layout)
     guard = fields.guard
-    first = to_device(fields.pack(layout, [one.lo for one in layout.places]) - guard)
-    last = to_device(fields.pack(layout, [one.hi - 1 for one in layout.places]) + guard)
+    first = to_device(fields.pack(layout, [one.lo for one in layout.places], -guard))
+    last = to_device(fields.pack(layout, [one.hi - 1 for one in layout.places], guard))
     segments = _key_segments(layout, fields)
     if segments is None:
         keys = to_device(fields.pack(layout, [one.coordinate for one in layout.places]))

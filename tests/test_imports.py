@@ -29,7 +29,7 @@ LAW = {
     "compiled": set(),
     "dispatch": {"spec", "layout", "mask", "flex", "compiled", "gather", "reference"},
     "operators": {"spec", "layout", "mask", "flex"},
-    "door": {"spec", "tiles", "layout", "mask", "flex", "dispatch", "operators"},
+    "door": {"spec", "tiles", "layout", "mask", "flex", "dispatch"},
 }
 NO_TORCH = {"spec", "window", "tiles", "blocks", "row_blocks", "tile_blocks"}
 
@@ -70,13 +70,18 @@ def fresh(code: str) -> list[str]:
     return json.loads(done.stdout)
 
 
+# torch's own FlexAttention loads sympy from torch 2.15 on.
+TORCH = "import torch.nn.attention.flex_attention\n"
+
+
 def test_import_loads_nothing_heavy():
-    loaded = set(fresh("import gnaflex"))
+    loaded = set(fresh("import gnaflex")) - set(fresh(TORCH))
     assert not loaded & {"sympy", "cutlass", "triton", "matplotlib", "diffusers", "rich", "torch._inductor"}
 
 
 def test_sympy_waits_until_a_window_is_needed():
-    assert "sympy" not in fresh("import gnaflex\ngnaflex.GNA((30, 48, 80), (18, 24, 24), (16, 8, 8))")
+    problem = "import gnaflex\ngnaflex.GNA((30, 48, 80), (18, 24, 24), (16, 8, 8))"
+    assert "sympy" not in set(fresh(problem)) - set(fresh(TORCH))
     assert "sympy" in fresh("import gnaflex\ngnaflex.block_mask((8, 8), 3, device='cpu')")
 
 
