@@ -27,14 +27,11 @@ from gnaflex.tiles import Tile
 from gnaflex.window import IntArray
 
 Tensors = tuple[Tensor, ...]
-
 # Measured on an AMD EPYC, 1 thread, fp32, torch 2.13: 80 GFLOP/s, a call 60 us; gathering a key and its
-# value, with what a call loses on few rows, takes as long as 24 pairs. A GPU's flops take a thousandth.
+# value, with what a call loses on few rows, takes as long as 24 pairs.
 _KEY_PAIRS = 24
-_CALL_FLOPS, _CALL_FLOPS_GPU = 5e6, 1e9
-_CPU_CALL_BYTES = 32 * 2**20  # 8 to 128 MiB are as fast; larger temporaries pay for page faults
+_CPU_CALL_BYTES = 32 * 2**20  # 8 to 128 MiB are as fast; score temporaries beyond are 1.4 times as slow
 _TILES_PER_CALL = 2**15  # tiles go where heads go, a CUDA grid axis of at most 65535
-_CANDIDATES = 30_000  # query tiles that are weighed
 
 
 class _AxisKind(NamedTuple):
@@ -92,19 +89,18 @@ def _load(k: Tensor, v: Tensor, group: int, explicit: bool, memory_bytes: int) -
     wide = max(size, 4)
     # Copies of the scores in memory: torch's CPU kernel keeps none, but takes one head dim only.
     scores = 5 if explicit else 0 if device == "cpu" and v.shape[-1] == k.shape[-1] else 3
-    flops, call_flops = 2 * channels * heads, _CALL_FLOPS if device == "cpu" else _CALL_FLOPS_GPU
+    flops = 2 * channels * heads
+    costs = flops * group, flops * _KEY_PAIRS, 5e6 if device == "cpu" else 1e9  # a GPU's flops are faster
     pair_bytes = wide * group * (scores + 2)  # 2: the mask, and a part of it
     key_bytes = channels * (size + wide * (explicit and size < wide)) + 16
-    fast_bytes = min(memory_bytes, _CPU_CALL_BYTES) if device == "cpu" else memory_bytes
-    return _Load(
-        flops * group, flops * _KEY_PAIRS, call_flops, pair_bytes, key_bytes, fast_bytes, memory_bytes
-    )
+    fast_bytes = _CPU_CALL_BYTES if device == "cpu" and explicit else memory_bytes
+    return _Load(*costs, pair_bytes, key_bytes, fast_bytes, memory_bytes)
 
 
 @lru_cache(maxsize=256)
 def _choose(layout: Layout, load: _Load) -> Tile:
-    """The cheapest query tile. Pairs and keys of all tiles are exact: both are products over the axes."""
-    most = max(int(_CANDIDATES ** (1 / max(sum(length > 1 for length in layout.spec.shape), 1))), 2)
+    """The cheapest of 30,000 query tiles. Their pairs and keys are exact, both products over the axes."""
+    most = max(int(30_000 ** (1 / max(sum(length > 1 for length in layout.spec.shape), 1))), 2)
     options = [_extents(layout, a)[:most] for a in range(layout.spec.rank)]
     kinds = [[_axis_kinds(layout, a, extent) for extent in axis] for a, axis in enumerate(options)]
 
@@ -116,8 +112,8 @@ def _choose(layout: Layout, load: _Load) -> Tile:
     flops += load.key_flops * product(lambda kind: kind.keys * len(kind.first_key))
     flops += load.call_flops * product(lambda kind: 1)
     needed = load.tile_bytes(product(lambda kind: kind.rows, max), product(lambda kind: kind.keys, max))
-    cost = np.where(needed <= load.memory_bytes, flops * (1 + (needed > load.fast_bytes)), np.inf)
-    best = np.argmin(cost if np.isfinite(cost).any() else needed)
+    room = max(load.memory_bytes, 2 * needed.min())  # the very least may be a row at a time, which takes ages
+    best = np.argmin(np.where(needed <= room, flops * (1 + 0.4 * (needed > load.fast_bytes)), np.inf))
     return tuple(axis[i] for axis, i in zip(options, np.unravel_index(best, needed.shape), strict=True))
 
 
@@ -155,12 +151,11 @@ class _Kind:
 
 class _Tables(NamedTuple):
     """The tiles of a layout on a device. ``place`` maps coordinates to tokens of the layout, ``back`` those
-    to the queries of all kinds in a row, ``row_major`` those to what a score_mod sees."""
+    to the queries of all kinds in a row."""
 
     kinds: tuple[_Kind, ...]
     place: Tensor
     back: Tensor
-    row_major: Tensor
 
 
 @lru_cache(maxsize=32)
@@ -184,7 +179,7 @@ def _tables(layout: Layout, tile: Tile, device: torch.device) -> _Tables:
         kinds.append(_Kind(rows, box, limits, tensor(queries), tensor(key), tensor(steps[1])))
         order.append(queries.reshape(-1))
     back = np.argsort(np.concatenate(order))
-    return _Tables(tuple(kinds), tensor(place), tensor(back), tensor(layout.row_major_tokens()[0]))
+    return _Tables(tuple(kinds), tensor(place), tensor(back))
 
 
 def _flat(parts: Iterable[IntArray], pitch: Sequence[int]) -> IntArray:
@@ -207,9 +202,8 @@ def attention(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Attention of query [B, Hq, T, D] to key [B, Hkv, T, D] and value [B, Hkv, T, Dv], T in the order of
     ``layout``. A padded query copies the window of its group's last real query; padded keys are never seen.
-
-    Gathered boxes, masks and scores take about ``memory_bytes`` at a time, but at least one tile's; training
-    recomputes them in the backward pass if all together exceed half of it.
+    Gathered boxes, masks and scores take about ``memory_bytes`` at a time, but at least what one tile and key
+    head need; training recomputes them in the backward pass if all together exceed half of it.
 
     Returns:
         [B, Hq, T, Dv] in the dtype of ``query``; with ``return_lse`` also the natural log-sum-exp [B, Hq, T],
@@ -220,10 +214,9 @@ def attention(
         rule = f"query heads must be those of the key, or a multiple: got {heads}, {kv_heads}, {enable_gqa=}"
         raise GNAError(f"{rule}.\n  query is {tuple(query.shape)}, key {tuple(key.shape)}.")
     q, k, v = (x.flatten(0, 1) for x in (query, key, value))
-    trains = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad or explicit)
-    group = heads // kv_heads
-    load = _load(k, v, group, explicit, memory_bytes // 2 if trains else memory_bytes)  # half for gradients
-    tables = _tables(layout, _choose(layout, load), q.device)
+    trains = torch.is_grad_enabled() and (score_mod is not None or any(x.requires_grad for x in (q, k, v)))
+    group, room = heads // kv_heads, memory_bytes // 2 if trains else memory_bytes  # half for gradients
+    tables = _tables(layout, _choose(layout, load := _load(k, v, group, explicit, room)), q.device)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     call = _Call(tables, load, trains, scale, score_mod, explicit, (kv_heads, group), {})
     out, *lse = (x.reshape(*query.shape[:3], *x.shape[2:]) for x in call(q, k, v))
@@ -242,17 +235,16 @@ class _Call(NamedTuple):
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensors:
         """The output [B * Hq, T, Dv] of all tiles and, if every score is spelled out, the log-sum-exp."""
-        kinds, load, heads = self.tables.kinds, self.load, max(len(k), 1)
+        kinds, load, heads, group = self.tables.kinds, self.load, max(len(k), 1), self.heads[1]
         each = [load.tile_bytes(kind.queries.shape[1], len(kind.step)) for kind in kinds]
         needed = heads * sum(size * len(kind.first) for size, kind in zip(each, kinds, strict=True))
         attend: Callable[..., Tensors] = self._attend
         if self.trains and needed > load.memory_bytes:
             attend = partial(checkpoint, attend, use_reentrant=False, preserve_rng_state=False)
-        room = load.memory_bytes if self.trains else load.fast_bytes
+        room = min(load.memory_bytes, _CPU_CALL_BYTES if q.is_cpu and not self.trains else load.memory_bytes)
         some = min(max(room // max(each), 1), heads)
         numbers, done = torch.arange(len(k), device=k.device), []
-        rows = zip((q, k, v, numbers), (self.heads[1], 1, 1, 1), strict=True)
-        slices = [torch.split(x, some * n) for x, n in rows]
+        slices = [torch.split(x, some * n) for x, n in ((q, group), (k, 1), (v, 1), (numbers, 1))]
         for kind, size in zip(kinds, each, strict=True):
             fit = min(max(room // (some * size), 1), _TILES_PER_CALL)
             for tiles in (slice(i, i + fit) for i in range(0, len(kind.first), fit)):
@@ -272,13 +264,11 @@ class _Call(NamedTuple):
             self.mask.clear()
             self.mask[kind] = kind.mask(q.dtype, group)
         mask, at = self.mask[kind], (heads, queries, keys)
-        parts = (
-            self._explicit(q, k, v, mask, at) if self.explicit else (sdpa(q, k, v, mask, scale=self.scale),)
-        )
+        parts = self._scored(q, k, v, mask, at) if self.explicit else (sdpa(q, k, v, mask, scale=self.scale),)
         split = (x.reshape(batch, n, group, rows, *x.shape[3:]).transpose(1, 2) for x in parts)
         return tuple(x.reshape(batch * group, n * rows, *x.shape[4:]) for x in split)
 
-    def _explicit(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, at: Tensors) -> Tensors:
+    def _scored(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, at: Tensors) -> Tensors:
         """Output and log-sum-exp with every score in float32 or wider, under autocast too."""
         wide = torch.promote_types(q.dtype, torch.float32)
         with torch.autocast(q.device.type, enabled=False):
@@ -289,17 +279,19 @@ class _Call(NamedTuple):
                 scores.masked_fill_(mask < 0, -torch.inf)  # in place wherever autograd keeps nothing
             top = scores.detach().amax(-1, keepdim=True)
             weights = scores.sub_(top.clamp(min=torch.finfo(wide).min)).exp_()
-            total = weights.sum(-1, keepdim=True).clamp(min=1)  # less only if no key is left
+            total = weights.sum(-1, keepdim=True).clamp(min=0.5)  # at least 1, or 0 if no key is left
             return (weights @ v.to(wide) / total).to(q.dtype), (top + total.log()).squeeze(-1)
 
     def _modified(self, scores: Tensor, mod: Callable[..., Tensor], at: Tensors) -> Tensor:
-        """``mod`` of scores [key heads, tiles, group * rows, keys], with FlexAttention's indices."""
+        """``mod`` of scores [key heads, tiles, group * rows, keys], with the layout's tokens."""
+        from torch._dynamo._trace_wrapped_higher_order_op import TransformGetItemToIndex  # loads sympy
+
         (kv_heads, group), (heads, queries, keys) = self.heads, at
         grid = scores.view(len(heads), len(keys), group, -1, keys.shape[1])
         h = heads[:, None] % kv_heads * group + torch.arange(group, device=heads.device)
         # What varies along keys, rows, group, tiles, key heads of all batches: the innermost map comes first.
         for varies in ("k", "q", "h", "qk", "bh"):
             mod = torch.vmap(mod, in_dims=(0, *(0 if index in varies else None for index in "bhqk")))
-        q_idx, kv_idx = self.tables.row_major[queries], self.tables.row_major[keys]
-        modified = mod(grid, heads // kv_heads, h, q_idx, kv_idx).to(scores.dtype)
-        return modified.reshape(scores.shape).clone()  # what mod keeps for its gradient stays as it is
+        with TransformGetItemToIndex():  # as FlexAttention: bias[h] under vmap, in torch 2.9 too
+            out = mod(grid, heads // kv_heads, h, queries, keys)
+        return out.to(scores.dtype).reshape(scores.shape).clone()  # not what mod keeps for its gradient

@@ -169,7 +169,9 @@ class _Fields:
     def pack(self, layout: Layout, values: Sequence[IntArray], plus: int = 0) -> IntArray:
         """One integer per token from one value per place of every axis, and ``plus``."""
         dtype = np.int32 if self.bits <= 31 else np.int64
-        parts = [(value << shift).astype(dtype) for value, shift in zip(values, self.shift, strict=True)]
+        parts: list[Any] = [
+            (value << shift).astype(dtype) for value, shift in zip(values, self.shift, strict=True)
+        ]
         return layout.sum_over_axes([parts[0] + plus, *parts[1:]])
 
 
