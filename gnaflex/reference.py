@@ -156,14 +156,19 @@ def _scores(q: Tensor, k: Tensor, factor: float, score_mod: ScoreMod | None, row
     scores = q[:, :, rows.start : rows.stop] @ k.mT * factor
     if score_mod is None or not scores.numel():
         return scores
-    from torch._dynamo._trace_wrapped_higher_order_op import TransformGetItemToIndex
-
     modded = score_mod
     for mapped in (3, 2, 1, 0):
         modded = torch.vmap(modded, in_dims=(0, *(0 if index == mapped else None for index in range(4))))
     b, h, _, kv_idx = (torch.arange(size, device=q.device) for size in scores.shape)
     q_idx = torch.arange(rows.start, rows.stop, device=q.device)
-    with TransformGetItemToIndex():  # lets a mod index tensors by its indices, as FlexAttention does
+    try:
+        return modded(scores, b, h, q_idx, kv_idx).to(scores.dtype)
+    except RuntimeError as error:  # torch 2.9 indexes no tensor by a mapped index, but as FlexAttention does
+        if ".item()" not in str(error):
+            raise
+    from torch._dynamo._trace_wrapped_higher_order_op import TransformGetItemToIndex
+
+    with TransformGetItemToIndex():
         return modded(scores, b, h, q_idx, kv_idx).to(scores.dtype)
 
 

@@ -124,7 +124,10 @@ def test_a_changed_mask_is_refused_with_the_reason():
     bm = gnaflex.block_mask((16, 16), 5, device="cpu")
     with pytest.raises(GNAError, match=r"changed after it was made.*\n.*Build one for"):
         gnaflex.spec_of(bm._adjust(128, 128))
-    with pytest.raises(GNAError, match="sliced"):
+    # torch 2.9 leaves no trace of slicing but a lost mask_mod
+    with pytest.raises(
+        GNAError, match="sliced" if not torch.__version__.startswith("2.9.") else "not made by gnaflex"
+    ):
         gnaflex.spec_of(bm[0:1])
     with pytest.raises(GNAError, match="not made by gnaflex"):
         gnaflex.spec_of(create_block_mask(lambda b, h, q, k: q >= k, None, None, 128, 128, "cpu"))

@@ -374,6 +374,8 @@ def test_numerical_gradients():
         )
 
     assert torch.autograd.gradcheck(call, (*inputs, bias))
+    if torch.__version__.startswith("2.9."):
+        pytest.skip("torch 2.9 has no second derivative of an indexed tensor inside a score_mod")
     assert torch.autograd.gradgradcheck(call, (*inputs, bias))
 
 
