@@ -116,12 +116,12 @@ class Layout:
 def _grid_sum(cut: Sequence[IntArray]) -> IntArray:
     """Outer sum of [groups, q tiles, kv tiles, tokens] of every axis, axes innermost."""
     rank = len(cut)
-    total = None
-    for a, values in enumerate(cut):
+    total: IntArray | None = None
+    for a in range(rank - 1, -1, -1):  # the last axes first: the long final addition then has long rows
         shape = [1] * (4 * rank)
-        shape[a::rank] = values.shape
-        spread = values.reshape(shape)
-        total = spread if total is None else total + spread
+        shape[a::rank] = cut[a].shape
+        spread = cut[a].reshape(shape)
+        total = spread if total is None else spread + total
     assert total is not None
     return total
 

@@ -173,6 +173,11 @@ demo = pytest.importorskip("gnaflex.demo", exc_type=ImportError)
 pictures = pytest.importorskip("gnaflex.pictures", exc_type=ImportError)
 
 
+def complaints(err: str) -> list[str]:
+    """Lines on stderr but torch's own, where its CUDA build finds a toolkit and no GPU."""
+    return [line for line in err.splitlines() if "No CUDA runtime is found" not in line]
+
+
 def test_photo_demo(capsys, tmp_path, monkeypatch):
     image = pytest.importorskip("PIL.Image", exc_type=ImportError)
     gains = []
@@ -181,7 +186,7 @@ def test_photo_demo(capsys, tmp_path, monkeypatch):
     argv = ["demo", "--size", "48x64", "--seed", "3", "--device", "cpu", "--out", str(tmp_path / "new")]
     assert main(argv) == OK
     out, err = capsys.readouterr()
-    assert not err
+    assert not complaints(err)
     assert str(tmp_path / "new" / "demo.png") in out.replace("\n", "")
     with image.open(tmp_path / "new" / "demo.png") as picture:
         assert picture.format == "PNG"
@@ -209,7 +214,7 @@ def test_video_demo(order, capsys, monkeypatch):
     ]
     assert main([*argv, "--head-dim", "16", *order]) == OK
     out, err = capsys.readouterr()
-    assert not err
+    assert not complaints(err)
     for row in ("mask, median", "attention, median", "sparsity", "of the ideal", "largest error"):
         assert row in out
     assert "256 tokens " + ("tile-major" if order else "row-major") in out
