@@ -48,7 +48,7 @@ print((used() - before) / 1024, 4 * int((bm.kv_num_blocks + bm.full_kv_num_block
 
 def measure(quick: bool) -> Iterator[Row]:
     """Rows in order; ``quick`` leaves out create_block_mask at full size."""
-    runs = 3 if quick else 9
+    runs = 3 if quick else 15
     imports = [fresh_process(IMPORT.format(video=VIDEO)) for _ in range(runs)]
     yield row("import gnaflex beyond torch", [one[0] for one in imports], "ms", 50, 20)
     yield row(
