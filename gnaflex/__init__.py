@@ -1,5 +1,7 @@
 """Generalized Neighborhood Attention compiled into PyTorch FlexAttention, exactly and in milliseconds."""
 
+from pathlib import Path
+
 from gnaflex.door import attention, explain, flex_attention
 from gnaflex.flex import block_mask, permute, spec_of, unpermute
 from gnaflex.mask import mask_mod, score_mod
@@ -22,3 +24,7 @@ __all__ = [
     "spec_of",
     "unpermute",
 ]
+
+_root = Path(__file__).parent.parent
+if (_root / "pyproject.toml").is_file():  # a source tree, where gnaflex.cuda_backend lies beside this folder
+    __path__.append(str(_root))
