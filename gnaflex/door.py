@@ -135,6 +135,7 @@ def attention(
             f"{tuple(shape)}, {tuple(key.shape)}, {tuple(value.shape)}.\n"
             "  The layout is [batch, *shape, heads, head_dim]."
         )
+    _check_heads(query, key, -2)
     known(backend)
     try:
         problem = _problem(shape[1:-2], window, stride, dilation, is_causal)
@@ -241,6 +242,21 @@ def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     return tuple(x.to(dtype) if x.is_floating_point() and x.dtype != torch.float64 else x for x in tensors)
 
 
+def _check_heads(query: Tensor, key: Tensor, heads_dim: int) -> None:
+    """What torch would report from inside its compiler."""
+    heads, kv_heads = query.shape[heads_dim], key.shape[heads_dim]
+    if heads % max(kv_heads, 1):
+        raise GNAError(
+            f"query heads must be a multiple of key heads: got {heads} and {kv_heads}.\n"
+            f"  Give the key and the value {heads} heads, or a divisor of it."
+        )
+    if query.shape[-1] != key.shape[-1]:
+        raise GNAError(
+            f"query and key must share head_dim: got {query.shape[-1]} and {key.shape[-1]}.\n"
+            "  Only the value may have a head_dim of its own."
+        )
+
+
 def _check(call: Call) -> None:
     query, key, value = call.query, call.key, call.value
     if query.dim() != 4 or key.dim() != 4 or value.dim() != 4:
@@ -249,6 +265,7 @@ def _check(call: Call) -> None:
             f"{tuple(query.shape)}, {tuple(key.shape)}, {tuple(value.shape)}.\n"
             "  For heads-last grids write gnaflex.attention(q, k, v, window)."
         )
+    _check_heads(query, key, 1)
     if call.block_mask is None:
         return
     device = call.block_mask.kv_num_blocks.device

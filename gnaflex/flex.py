@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+import operator
 from collections.abc import Sequence
 from typing import Any
 
@@ -104,7 +105,10 @@ def make_layout(spec: GNA, q_tile: Sequence[int] | None, kv_tile: Sequence[int] 
         return Layout(spec)
     tiles = []
     for name, tile in (("q_tile", q_tile), ("kv_tile", kv_tile)):
-        extents = tuple(int(extent) for extent in tile)
+        try:
+            extents = tuple(operator.index(extent) for extent in tile)
+        except TypeError:
+            raise GNAError(f"{name} must hold integers: got {name}={tuple(tile)}.") from None
         if len(extents) != spec.rank or min(extents) < 1:
             raise GNAError(
                 f"{name} must have one positive extent per axis: got {name}={extents} for {spec.rank} axes.\n"

@@ -234,11 +234,6 @@ def tables(n: int, w: int, s: int, is_causal: bool) -> tuple[IntArray, IntArray]
     return out[0], out[1]
 
 
-def axis_tables(axis: Axis, group: int = 0) -> tuple[IntArray, IntArray]:
-    """The tables of the dilation group ``group`` of an axis."""
-    return tables(axis.group_length(group), axis.window, axis.stride, axis.is_causal)
-
-
 # ---- whole problems ----------------------------------------------------------------------------------
 
 

@@ -159,6 +159,7 @@ def test_masks_built_under_a_fake_mode_are_real():
         ({"q_tile": (4, 6), "kv_tile": (4, 4)}, r"axis 1 has q_tile=6, kv_tile=4.*\n.*Write q_tile=\(4, 8\)"),
         ({"q_tile": (4,)}, r"one positive extent per axis: got q_tile=\(4,\) for 2 axes"),
         ({"q_tile": (4, 0)}, "one positive extent"),
+        ({"q_tile": (2.5, 4)}, r"q_tile must hold integers: got q_tile=\(2.5, 4\)"),
         (
             {"q_tile": (4, 4), "block_size": 128},
             r"block_size must agree with the tiles: got 128.*16 tokens",

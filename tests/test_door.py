@@ -273,6 +273,10 @@ def test_other_clear_errors():
         gnaflex.attention(q, k[:, :3], v[:, :3], 3)
     with pytest.raises(GNAError, match="got 2 for rank 3"):
         gnaflex.attention(q, k, v, (3, 3))
+    with pytest.raises(GNAError, match="multiple of key heads: got 3 and 2"):
+        gnaflex.attention(q[..., :3, :], k, v, 3)
+    with pytest.raises(GNAError, match="share head_dim: got 16 and 8"):
+        gnaflex.flex_attention(flat(q), flat(k)[..., :8], flat(v), enable_gqa=True)
     with pytest.raises(GNAError, match="exclude each other"):
         gnaflex.flex_attention(flat(q), flat(k), flat(v), return_lse=True, return_aux=dispatch.AuxRequest())
     resized = gnaflex.block_mask((16, 16), 3, device="cpu")._adjust(128, 128)
