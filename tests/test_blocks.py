@@ -136,6 +136,11 @@ def test_the_axis_predicate_is_the_oracle():
         assert np.array_equal(axis_pairs(spec.axes[0], x[:, None], x), dense_mask(spec).numpy())
 
 
+def test_a_dilation_group_that_wraps_from_row_to_row():
+    """Tokens 4 and 5 of a 5x5 grid end one row and begin the next, in one group: full blocks of two exist."""
+    check_row_major(GNA((5, 5), (4, 2), (4, 2), (1, 2)), 2, 1)
+
+
 def test_counts_of_the_definition():
     spec = GNA((30, 48, 80), (18, 24, 24), (16, 8, 8))
     assert tiles.allowed_pairs(spec) == spec.num_tokens * 18 * 24 * 24
