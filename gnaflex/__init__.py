@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+from gnaflex.bias import coordinate_score_mod, in_order, relative_bias
+from gnaflex.derive import Shard, packed_block_mask, resize, shard, with_lengths
 from gnaflex.door import attention, explain, flex_attention
 from gnaflex.flex import block_mask, permute, spec_of, unpermute
 from gnaflex.mask import mask_mod, score_mod
@@ -12,17 +14,25 @@ from gnaflex.window import source
 __all__ = [
     "GNA",
     "GNAError",
+    "Shard",
     "attention",
     "block_mask",
+    "coordinate_score_mod",
     "explain",
     "flex_attention",
+    "in_order",
     "mask_mod",
+    "packed_block_mask",
     "permute",
     "reference_attention",
+    "relative_bias",
+    "resize",
     "score_mod",
+    "shard",
     "source",
     "spec_of",
     "unpermute",
+    "with_lengths",
 ]
 
 _root = Path(__file__).parent.parent

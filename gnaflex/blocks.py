@@ -11,6 +11,7 @@ import functools
 import itertools
 import math
 from collections.abc import Callable, Sequence
+from enum import Enum
 from typing import NamedTuple
 
 import numpy as np
@@ -23,6 +24,14 @@ Int32Array = npt.NDArray[np.int32]
 # Fresh memory costs a page fault (4 us each on a virtual machine, 1 ms per MB), and glibc maps whatever is
 # larger than 128 KiB afresh: entries are written in parts whose temporaries stay below that.
 CHUNK = 2**13
+
+
+class Cut(Enum):
+    """What a condition beside the windows may take away: blocks that hold some of it are partial."""
+
+    NOTHING = "nothing"
+    TEXT = "keys that are extra tokens"
+    ALL = "any pair"
 
 
 class Ranges(NamedTuple):
@@ -65,13 +74,16 @@ class Pending(NamedTuple):
         return max(1, int(self.counts.max()))
 
 
-def written(pending: Sequence[Pending], full_width: bool) -> list[Lists]:
-    """The lists, each as wide as it has columns, or as narrow as its longest row allows.
+def written(pending: Sequence[Pending], widths: Sequence[int] | None = None) -> list[Lists]:
+    """The lists, each of its given width, or as narrow as its longest row allows.
 
     All of them share one allocation: above 4 MB numpy asks for huge pages, which makes the page faults of
     four separate full-width lists (4.8 ms at 900 x 900 blocks) negligible (0.15 ms).
     """
-    shapes = [(len(one.counts), one.columns if full_width else one.width) for one in pending]
+    shapes = [
+        (len(one.counts), width)
+        for one, width in zip(pending, widths or (one.width for one in pending), strict=True)
+    ]
     sizes = [-(-rows * width // 16) * 16 for rows, width in shapes]  # 64-byte aligned parts
     whole = np.zeros(sum(sizes), np.int32)
     out = []

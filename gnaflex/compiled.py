@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import threading
 import types
+import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
 from functools import lru_cache
 from typing import Any
 
@@ -39,7 +40,7 @@ def flex_attention(
     """torch's ``flex_attention`` through a cached compiled graph; returns what torch's does."""
     structure = (
         *map(_tensor_structure, (query, key, value)),
-        getattr(score_mod, "__code__", score_mod),
+        structure_of(score_mod),
         _mask_structure(block_mask),
         scale,
         enable_gqa,
@@ -69,7 +70,6 @@ def _tensor_structure(x: Tensor) -> Hashable:
 def _mask_structure(bm: BlockMask | None) -> Hashable:
     if bm is None:
         return None
-    mod = bm.mask_mod
     return (
         bm.kv_indices.shape,
         None if bm.full_kv_indices is None else bm.full_kv_indices.shape,
@@ -77,8 +77,45 @@ def _mask_structure(bm: BlockMask | None) -> Hashable:
         None if bm.full_q_indices is None else bm.full_q_indices.shape,
         bm.BLOCK_SIZE,
         bm.seq_lengths,
-        getattr(mod, "__code__", mod),
+        structure_of(bm.mask_mod),
     )
+
+
+_structures: weakref.WeakKeyDictionary[Any, Hashable] = weakref.WeakKeyDictionary()
+
+
+def structure_of(mod: Any) -> Hashable:
+    """What dynamo compiles a mod into: its code and, down the functions it closes over, their numbers and the
+    kinds of their tensors. What it misses, dynamo's own guards find."""
+    if not isinstance(mod, types.FunctionType):
+        key: Hashable = mod
+        return key
+    if mod not in _structures:
+        cells = tuple(_cell_structure(cell.cell_contents) for cell in mod.__closure__ or ())
+        _structures[mod] = (mod.__code__, cells)
+    return _structures[mod]
+
+
+def _cell_structure(value: Any) -> Hashable:
+    if isinstance(value, types.FunctionType):
+        return structure_of(value)
+    if isinstance(value, Tensor):
+        return _tensor_structure(value)
+    if isinstance(value, (list, tuple)):
+        return tuple(map(_cell_structure, value))
+    number = isinstance(value, (bool, int, float, str, type(None)))
+    return type(value).__qualname__, value if number else None
+
+
+def captured_tensors(mod: Any) -> Iterator[Tensor]:
+    """The tensors that a mod closes over, down the functions it closes over."""
+    for cell in getattr(mod, "__closure__", None) or ():
+        content = cell.cell_contents
+        for value in content if isinstance(content, (list, tuple)) else (content,):
+            if isinstance(value, Tensor):
+                yield value
+            elif isinstance(value, types.FunctionType):
+                yield from captured_tensors(value)
 
 
 def _new_graph() -> Callable[..., Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -11,9 +12,10 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import AuxOutput, AuxRequest, BlockMask
 
 from gnaflex import compiled, gather, reference
+from gnaflex.cuts import Cuts
 from gnaflex.flex import FULL_WIDTH_BYTES
-from gnaflex.layout import Layout
-from gnaflex.mask import MaskRecord, ScoreMod
+from gnaflex.mask import MaskRecord, ScoreMod, condition_of
+from gnaflex.order import order_of
 from gnaflex.spec import GNA, GNAError
 
 BACKENDS = ("cuda", "flex", "sdpa", "reference")
@@ -36,8 +38,10 @@ class Call(NamedTuple):
 
     @property
     def needs_grad(self) -> bool:
-        """Whether some input asks for gradients."""
-        return self.query.requires_grad or self.key.requires_grad or self.value.requires_grad
+        """Whether some input, or a tensor that the score_mod captures, asks for gradients."""
+        if self.query.requires_grad or self.key.requires_grad or self.value.requires_grad:
+            return True
+        return any(x.requires_grad for x in compiled.captured_tensors(self.score_mod))
 
 
 def known(backend: str) -> None:
@@ -105,15 +109,15 @@ def _width_needed(call: Call) -> str | None:
     record = call.record
     if record is None or record.block_size is None:
         return None
-    tokens = record.layout.num_tokens
-    rows, columns = (-(-tokens // size) for size in record.block_size)
-    gigabytes = 16 * rows * columns / 2**30
+    tokens = record.order.num_queries, record.order.num_keys
+    rows, columns = (-(-n // size) for n, size in zip(tokens, record.block_size, strict=True))
+    gigabytes = 16 * rows * columns * max(len(record.heads), 1) / 2**30
     width = columns if call.block_mask is None else call.block_mask.kv_indices.shape[-1]
     if width == columns and (call.block_mask is not None or gigabytes * 2**30 <= FULL_WIDTH_BYTES["cpu"]):
         return None
     return (
-        f"the CPU kernel needs block lists of full width, which take {gigabytes:.1f} GiB for {tokens} tokens "
-        "(block_mask(..., full_width=True))"
+        f"the CPU kernel needs block lists of full width, which take {gigabytes:.1f} GiB for {tokens[0]} "
+        "tokens (block_mask(..., full_width=True))"
     )
 
 
@@ -129,8 +133,14 @@ def _sdpa_reasons(call: Call) -> Iterator[str]:
 def _reference_reasons(call: Call) -> Iterator[str]:
     if call.record is None:
         yield "the mask was not made by gnaflex"
-    elif call.record.layout.q_tile is not None:
-        yield "it takes row-major masks only"
+    else:
+        documents = call.record.order.documents
+        if call.record.order.is_tiled:
+            yield "it takes row-major masks only"
+        if documents[0].layout.slab is not None:
+            yield "it takes whole grids, not shards"
+        if len({(d.prefix, d.suffix) for d in documents}) > 1:
+            yield "it takes packed grids with the same extra tokens only"
     if call.aux is not None and call.aux.max_scores:
         yield "it does not return max_scores"
 
@@ -145,15 +155,17 @@ _REASONS: dict[str, Callable[[Call], Iterator[str]]] = {
 
 @dataclass(frozen=True)
 class Explanation:
-    """Which backend "auto" takes for a call, and every reason against each of the others."""
+    """Which backend "auto" takes for a call, every reason against each other one, and notes on the mask."""
 
     backend: str | None
     reasons: dict[str, list[str]] = field(hash=False)
+    notes: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         head = f"backend: {self.backend or 'none'}"
         rest = {name: why for name, why in self.reasons.items() if name != self.backend}
-        return f"{head}\n{_listed({name: why or ['runs, but comes later'] for name, why in rest.items()})}"
+        listed = _listed({name: why or ["runs, but comes later"] for name, why in rest.items()})
+        return "\n".join([head, listed, *self.notes])
 
 
 # ---- running -----------------------------------------------------------------------------------------
@@ -169,36 +181,74 @@ def _run_flex(call: Call) -> Any:
 
 
 def _run_sdpa(call: Call) -> Any:
-    want_lse = call.aux is not None and call.aux.lse
-    layout = call.record.layout if call.record else Layout(GNA(call.query.shape[-2], -1))
-    out = gather.attention(
-        call.query,
-        call.key,
-        call.value,
-        layout,
-        scale=call.scale,
-        enable_gqa=call.enable_gqa,
-        score_mod=call.score_mod,
-        return_lse=want_lse,
+    record = call.record
+    orders = record.orders if record else (order_of(GNA(call.query.shape[-2], -1)),)
+    attend = functools.partial(
+        gather.attention, scale=call.scale, return_lse=call.aux is not None and call.aux.lse
     )
+    mod = _under_conditions(call)
+    if record is None or not record.heads:
+        tensors = call.query, call.key, call.value
+        out = attend(*tensors, orders[0], enable_gqa=call.enable_gqa, score_mod=mod)
+    else:
+        out = _by_class(call, record, mod, attend)
     if call.aux is None:
         return out
     return out[0], AuxOutput(lse=out[1])
 
 
+def _under_conditions(call: Call) -> ScoreMod | None:
+    """The score_mod of a call, -inf where the conditions beside the windows forbid the pair."""
+    visible = None if call.record is None else condition_of(call.record, call.query.device)
+    mod = call.score_mod
+    if visible is None:
+        return mod
+
+    def visible_score_mod(score: Tensor, b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
+        out = score if mod is None else mod(score, b, h, q_idx, kv_idx)
+        return torch.where(visible(b, h, q_idx, kv_idx), out, -float("inf"))
+
+    return visible_score_mod
+
+
+def _by_class(call: Call, record: MaskRecord, mod: ScoreMod | None, attend: Callable[..., Any]) -> Any:
+    """Heads of equal windows together; the key heads of a group are repeated, as its heads may part."""
+    device, group = call.query.device, call.query.shape[1] // call.key.shape[1]
+    parts, order = [], []
+    for which, problem in enumerate(record.orders):
+        heads = [head for head, mine in enumerate(record.heads) if mine == which]
+        of_query = torch.tensor(heads, device=device)
+        of_key = of_query // group
+        here = (call.query[:, of_query], call.key[:, of_key], call.value[:, of_key])
+        parts.append(attend(*here, problem, enable_gqa=False, score_mod=_of_heads(mod, of_query)))
+        order += heads
+    back = torch.tensor(order, device=device).argsort()
+    if isinstance(parts[0], Tensor):
+        return torch.cat(parts, 1)[:, back]
+    return tuple(torch.cat(part, 1)[:, back] for part in zip(*parts, strict=True))
+
+
+def _of_heads(mod: ScoreMod | None, heads: Tensor) -> ScoreMod | None:
+    """A score_mod for some heads only, which it still sees by their own numbers."""
+    if mod is None:
+        return None
+    return lambda score, b, h, q_idx, kv_idx: mod(score, b, heads[h], q_idx, kv_idx)
+
+
 def _run_reference(call: Call) -> Any:
-    assert call.record is not None
-    spec = call.record.layout.spec
-    tensors = call.query, call.key, call.value
-    q, k, v = (x.transpose(1, 2).reshape(-1, *spec.shape, x.shape[1], x.shape[3]) for x in tensors)
-    out, lse = reference.reference_attention(
-        q, k, v, spec.window, spec.stride, spec.dilation, spec.is_causal,
+    record = call.record
+    assert record is not None
+    orders = [record.orders[which] for which in record.heads or (0,)]
+    document, cuts = record.order.documents[0], record.cuts or Cuts()
+    out, lse = reference.masked_attention(
+        call.query, call.key, call.value, [[one.spec for one in order.documents] for order in orders],
+        prefix=document.prefix, suffix=document.suffix, extra_kv=document.extra_kv,
+        text_valid=cuts.text_valid, padding=cuts.padding, where=cuts.where,
         scale=call.scale, score_mod=call.score_mod, return_lse=True,
     )  # fmt: skip
-    out = out.flatten(1, -3).transpose(1, 2)
     if call.aux is None:
         return out
-    return out, AuxOutput(lse=lse.flatten(1, -2).transpose(1, 2))
+    return out, AuxOutput(lse=lse)
 
 
 def _run_cuda(call: Call) -> Any:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
-import math
 from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
@@ -14,15 +12,13 @@ from torch.nn.attention.flex_attention import AuxOutput, AuxRequest, BlockMask
 from torch.nn.attention.flex_attention import flex_attention as _torch_flex_attention
 
 from gnaflex import flex
+from gnaflex.advice import cheapest_layout, notes
 from gnaflex.dispatch import AUTO, BACKENDS, RUN, Call, Explanation, choose, known, reasons_against
-from gnaflex.layout import Layout, from_order, to_order
+from gnaflex.layout import Layout
 from gnaflex.mask import MaskRecord, ScoreMod, choose_form
+from gnaflex.order import Document, Order
+from gnaflex.reorder import from_order, to_order
 from gnaflex.spec import GNA, GNAError
-from gnaflex.tiles import touched_blocks
-
-# Permuting one token of q, k, v and o costs about as much as this many query-key pairs: 8 passes over its
-# row at 10 GB/s against 4 FLOP per pair and channel at 100 GFLOP/s (two CPU cores; GPUs have a like ratio).
-PERMUTE_PAIRS = 128
 
 traced_flex_attention: Any = _torch_flex_attention  # its overloads know no optional arguments
 
@@ -96,6 +92,8 @@ def attention(
     *,
     scale: float | None = None,
     score_mod: ScoreMod | None = None,
+    extra_keys: Tensor | None = None,
+    extra_values: Tensor | None = None,
     backend: str = "auto",
     return_lse: bool = False,
 ) -> Any:
@@ -106,7 +104,9 @@ def attention(
             value, its own head_dim.
         window, stride, dilation, is_causal: the problem, as in :class:`GNA`; the shape is the tensors'.
         scale: of the scores; None is ``head_dim ** -0.5``.
-        score_mod: FlexAttention's; it sees row-major token indices.
+        score_mod: FlexAttention's; it sees row-major token indices, extra keys behind the grid's.
+        extra_keys, extra_values: [batch, extra, heads of the key, head_dim] and the like for the value: keys
+            that every query sees beside its window (NATTEN's ``additional_keys``), in the same softmax.
         backend: as in :func:`flex_attention`.
         return_lse: also return the log-sum-exp [batch, *shape, heads], natural logarithm, float32.
 
@@ -125,9 +125,10 @@ def attention(
     """
     if torch.compiler.is_dynamo_compiling():
         return _attention_while_compiling(
-            query, key, value, (window, stride, dilation, is_causal), scale, score_mod, backend, return_lse
-        )
-    query, key, value = _autocast(query, key, value)
+            query, key, value, extra_keys, extra_values, (window, stride, dilation, is_causal),
+            scale, score_mod, backend, return_lse,
+        )  # fmt: skip
+    query, key, value, *extra = _autocast(query, key, value, *_extra(key, value, extra_keys, extra_values))
     shape = query.shape
     if len(shape) < 4 or key.shape[:-2] != shape[:-2] or value.shape[:-1] != key.shape[:-1]:
         raise GNAError(
@@ -137,23 +138,25 @@ def attention(
         )
     _check_heads(query, key, -2)
     known(backend)
+    count = extra[0].shape[1] if extra else 0
     try:
-        problem = _problem(shape[1:-2], window, stride, dilation, is_causal)
+        problem = _problem(count, shape[1:-2], window, stride, dilation, is_causal)
     except TypeError:  # lists and arrays do not hash
-        problem = _Problem(GNA(shape[1:-2], window, stride, dilation, is_causal))
+        problem = _Problem(count, GNA(shape[1:-2], window, stride, dilation, is_causal))
     order = (
         problem.row_major if score_mod is not None or backend in ("sdpa", "reference") else problem.cheapest
     )
     aux = AuxRequest(lse=True) if return_lse else None
-    q, k, v = (order.heads_first(x) for x in (query, key, value))
+    inputs = (query, key, value)
+    q, k, v = order.heads_first(*inputs, *extra)
     gqa = query.shape[-2] != key.shape[-2]
     call = Call(q, k, v, score_mod, None, order.record, scale, gqa, None, aux)
     name = choose(call, backend)
     if name in ("cuda", "flex"):
         call = call._replace(block_mask=order.mask(q.device))
     elif order is problem.cheapest is not problem.row_major:
-        q, k, v = (problem.row_major.heads_first(x) for x in (query, key, value))
         order = problem.row_major
+        q, k, v = order.heads_first(*inputs, *extra)
         call = call._replace(query=q, key=k, value=v, record=order.record)
     out = RUN[name](call)
     if aux is None:
@@ -164,14 +167,13 @@ def attention(
 # ---- what a call needs -------------------------------------------------------------------------------
 
 
-class _Order:
+class _Route:
     """A token order of a problem on heads-last grids, with its masks per device."""
 
-    def __init__(self, layout: Layout) -> None:
+    def __init__(self, layout: Layout, extra_kv: int) -> None:
         block = (flex.DEFAULT_BLOCK, flex.DEFAULT_BLOCK)
-        self.layout = layout
-        self.record = MaskRecord(layout, choose_form(layout, "auto"), block)
-        self.permutes = layout.q_tile is not None
+        self.order = Order((Document(layout, extra_kv=extra_kv),))
+        self.record = MaskRecord((self.order,), choose_form((self.order,), "auto"), block)
         self._masks: dict[torch.device, BlockMask] = {}
 
     def mask(self, device: torch.device) -> BlockMask:
@@ -181,56 +183,56 @@ class _Order:
             bm = self._masks[device] = flex.compile_mask(self.record, device)
         return bm
 
-    def heads_first(self, x: Tensor) -> Tensor:
-        """[batch, *shape, heads, d] to [batch, heads, tokens, d] in this order; a view if row-major."""
-        x = x.flatten(1, -3)
-        if self.permutes:
-            x = to_order(x, self.layout, 1)
-        return x.transpose(1, 2)
+    def heads_first(self, query: Tensor, key: Tensor, value: Tensor, *extra: Tensor) -> list[Tensor]:
+        """[batch, *shape, heads, d] to [batch, heads, tokens, d] in this order, extra keys and values behind
+        the others; views if row-major without extra ones."""
+        flat = [x.flatten(1, -3) for x in (query, key, value)]
+        for at, more in enumerate(extra, start=1):
+            flat[at] = torch.cat([flat[at], more], 1)
+        if self.order.is_tiled:
+            flat = [to_order(x, self.order, 1) for x in flat]
+        return [x.transpose(1, 2) for x in flat]
 
     def heads_last(self, x: Tensor, shape: torch.Size) -> Tensor:
-        """The inverse of :meth:`heads_first`, to the grid of ``shape``."""
+        """The inverse of :meth:`heads_first` for an output, to the grid of ``shape``."""
         x = x.transpose(1, 2)
-        if self.permutes:
-            x = from_order(x, self.layout, 1)
+        if self.order.is_tiled:
+            x = from_order(x, self.order, 1)
         return x.reshape(shape[:-1] + x.shape[-1:])
 
 
 class _Problem:
     """A problem with the token order that costs least, and the row-major one."""
 
-    def __init__(self, spec: GNA) -> None:
-        self.row_major = _Order(Layout(spec))
-        layout = _cheapest_layout(self.row_major.record)
-        self.cheapest = self.row_major if layout.q_tile is None else _Order(layout)
+    def __init__(self, extra_kv: int, spec: GNA) -> None:
+        self.row_major = _Route(Layout(spec), extra_kv)
+        layout = cheapest_layout(spec)
+        self.cheapest = self.row_major if layout.q_tile is None else _Route(layout, extra_kv)
 
 
 @lru_cache(maxsize=64)
-def _problem(shape: tuple[int, ...], window: Any, stride: Any, dilation: Any, is_causal: Any) -> _Problem:
-    return _Problem(GNA(shape, window, stride, dilation, is_causal))
+def _problem(
+    extra_kv: int, shape: tuple[int, ...], window: Any, stride: Any, dilation: Any, is_causal: Any
+) -> _Problem:
+    return _Problem(extra_kv, GNA(shape, window, stride, dilation, is_causal))
 
 
-def _cheapest_layout(row_major: MaskRecord) -> Layout:
-    """The token order with the least work, by exact counts of 128-token blocks and of permuted tokens."""
-    spec, block = row_major.layout.spec, flex.DEFAULT_BLOCK
-    best, least = row_major.layout, flex.listed_blocks(row_major) * block**2
-    for tile in _boxes(block, spec.rank):
-        if any(
-            extent >= 2 * -(-n // d) for extent, n, d in zip(tile, spec.shape, spec.dilation, strict=True)
-        ):
-            continue  # half the tile would be padding: a narrower box does the same with less
-        layout = Layout(spec, tile, tile)
-        cost = touched_blocks(spec, tile, tile) * block**2 + layout.num_tokens * PERMUTE_PAIRS
-        if cost < least:
-            best, least = layout, cost
-    return best
-
-
-@lru_cache(maxsize=16)
-def _boxes(size: int, rank: int) -> tuple[tuple[int, ...], ...]:
-    """Every box of ``size`` tokens."""
-    divisors = [n for n in range(1, size + 1) if size % n == 0]
-    return tuple(box for box in itertools.product(divisors, repeat=rank) if math.prod(box) == size)
+def _extra(
+    key: Tensor, value: Tensor, extra_keys: Tensor | None, extra_values: Tensor | None
+) -> tuple[Tensor, ...]:
+    """The extra keys and values, checked; nothing if there are none."""
+    if extra_keys is None and extra_values is None:
+        return ()
+    given = [None if x is None else tuple(x.shape) for x in (extra_keys, extra_values)]
+    count = next((shape[1] for shape in given if shape and len(shape) == 4), 0)
+    fits = [(key.shape[0], count, *x.shape[-2:]) for x in (key, value)]
+    if extra_keys is None or extra_values is None or given != fits:
+        raise GNAError(
+            "extra_keys and extra_values come together, [batch, extra, heads of the key, head_dim]: got "
+            f"{given[0]} and {given[1]}, key is {tuple(key.shape)}.\n"
+            f"  Give tensors of shapes {fits[0]} and {fits[1]}."
+        )
+    return extra_keys, extra_values
 
 
 def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
@@ -257,6 +259,30 @@ def _check_heads(query: Tensor, key: Tensor, heads_dim: int) -> None:
         )
 
 
+def _check_record(call: Call) -> None:
+    """What only a mask of ours can tell."""
+    record = call.record
+    assert record is not None
+    batch, heads = call.query.shape[:2]
+    if record.heads and len(record.heads) != heads:
+        raise GNAError(
+            f"the mask has windows for {len(record.heads)} query heads, the query has {heads}.\n"
+            f"  Give block_mask one spec per query head, {heads} of them."
+        )
+    if record.cuts is not None and record.cuts.batch not in (1, batch):
+        raise GNAError(
+            f"text_valid and padding are for a batch of {record.cuts.batch}, the query has {batch}.\n"
+            "  Write gnaflex.with_lengths(block_mask, ...) with a row per batch entry."
+        )
+    orders = getattr(call.score_mod, "gnaflex_order", None)
+    if orders is not None and orders[0].geometry != record.order.geometry:
+        raise GNAError(
+            "score_mod and block_mask count tokens in different orders.\n"
+            "  Make the score_mod for the mask: relative_bias(block_mask, table), or "
+            "coordinate_score_mod(block_mask, fn)."
+        )
+
+
 def _check(call: Call) -> None:
     query, key, value = call.query, call.key, call.value
     if query.dim() != 4 or key.dim() != 4 or value.dim() != 4:
@@ -276,7 +302,7 @@ def _check(call: Call) -> None:
         )
     rows, columns = call.block_mask.seq_lengths
     if (query.shape[-2], key.shape[-2]) != (rows, columns):
-        order = call.record and call.record.layout.q_tile
+        order = call.record and call.record.order.is_tiled
         hint = (
             "Bring them into the mask's order: gnaflex.permute(x, block_mask)."
             if order
@@ -286,6 +312,8 @@ def _check(call: Call) -> None:
             f"the mask is for {rows} queries and {columns} keys, the tensors have {query.shape[-2]} and "
             f"{key.shape[-2]}.\n  {hint}"
         )
+    if call.record is not None:
+        _check_record(call)
 
 
 def explain(
@@ -297,7 +325,9 @@ def explain(
     score_mod: ScoreMod | None = None,
     return_lse: bool = False,
 ) -> Explanation:
-    """Which backend :func:`flex_attention` takes for these tensors, and why not each of the others.
+    """Which backend :func:`flex_attention` takes for these tensors, why not each of the others, and what the
+    mask asks for: its tokens, how many blocks are full and partial, what keeps blocks from being full, the
+    memory of lists per head, and an order that touches far fewer blocks, if there is one.
 
     Args are those of :func:`flex_attention`; nothing runs.
 
@@ -311,6 +341,7 @@ def explain(
 Blackwell family, the query is on cpu
           flex: FlexAttention has no backward on cpu
           reference: runs, but comes later
+        mask: GNA(shape=(8, 8), window=(4, 4)), row-major; of 1 blocks of 128 x 128 0 are full, 1 partial
     """
     query, key, value = _autocast(query, key, value)
     record = None if block_mask is None else flex.record_of(block_mask)
@@ -319,7 +350,8 @@ Blackwell family, the query is on cpu
     call = Call(query, key, value, score_mod, block_mask, record, None, gqa, None, aux)
     _check(call)
     reasons = reasons_against(call, BACKENDS)
-    return Explanation(next((name for name in AUTO if not reasons[name]), None), reasons)
+    said = () if record is None or block_mask is None else notes(record)
+    return Explanation(next((name for name in AUTO if not reasons[name]), None), reasons, said)
 
 
 # ---- inside a user's torch.compile -------------------------------------------------------------------
@@ -340,17 +372,20 @@ def _while_compiling(call: Call, backend: str) -> Any:
             return_aux=call.aux,
         )
     assert call.record is not None
+    assert call.block_mask is not None
+    cuts = call.record.cuts
+    if cuts is not None and cuts.where is not None:
+        raise NotImplementedError(
+            "a mask with where= cannot be traced by torch.compile on this device.\n"
+            "  Call gnaflex.flex_attention outside the compiled function."
+        )
     from gnaflex import operators  # 8 ms that only compiled functions need
 
+    code: str = call.block_mask.mask_mod.gnaflex_code  # type: ignore[attr-defined]
     out, lse = operators.attend(
-        call.query,
-        call.key,
-        call.value,
-        operators.encoded(call.record),
-        call.scale,
-        call.aux is not None,
-        backend,
-    )
+        call.query, call.key, call.value, cuts and cuts.text_valid, cuts and cuts.padding,
+        code, call.scale, call.aux is not None, backend,
+    )  # fmt: skip
     return (out, AuxOutput(lse=lse)) if call.aux is not None else out
 
 
@@ -358,6 +393,8 @@ def _attention_while_compiling(
     query: Tensor,
     key: Tensor,
     value: Tensor,
+    extra_keys: Tensor | None,
+    extra_values: Tensor | None,
     problem: tuple[Any, ...],
     scale: float | None,
     score_mod: ScoreMod | None,
@@ -371,8 +408,9 @@ def _attention_while_compiling(
         )
     from gnaflex import operators
 
-    query, key, value = _autocast(query, key, value)
+    query, key, value, *extra = _autocast(query, key, value, *_extra(key, value, extra_keys, extra_values))
+    more: list[Any] = extra or [None, None]
     rank = query.dim() - 3
     fields = [operators.per_axis(value, rank) for value in problem]
-    out, lse = operators.attend_grid(query, key, value, *fields, scale, return_lse, backend)
+    out, lse = operators.attend_grid(query, key, value, *more, *fields, scale, return_lse, backend)
     return (out, lse) if return_lse else out

@@ -13,11 +13,15 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
-from gnaflex.blocks import Lists, Pending, written
-from gnaflex.layout import Layout, from_order, real_tensors, to_order
-from gnaflex.mask import PADDED_TO, Form, MaskMod, MaskRecord, build, choose_form, resolve_device
+from gnaflex import cuts
+from gnaflex.blocks import Cut, Lists, Pending, written
+from gnaflex.layout import Layout
+from gnaflex.mask import PADDED_TO, Form, MaskRecord, build, choose_form, resolve_device
+from gnaflex.order import Document, Order
+from gnaflex.reorder import from_order, real_tensors, to_order
 from gnaflex.row_blocks import row_major
 from gnaflex.spec import GNA, GNAError
+from gnaflex.tables import MaskMod
 from gnaflex.tile_blocks import tile_major
 
 DEFAULT_BLOCK = 128
@@ -28,7 +32,7 @@ FULL_WIDTH_BYTES_ELSEWHERE = 64 * 2**20
 
 
 def block_mask(
-    shape: int | Sequence[int] | GNA,
+    shape: int | Sequence[int] | GNA | Sequence[GNA],
     window: int | Sequence[int] | None = None,
     stride: int | Sequence[int] = 1,
     dilation: int | str | Sequence[int | str] = 1,
@@ -40,6 +44,12 @@ def block_mask(
     device: torch.device | str | None = None,
     form: Form = "auto",
     full_width: bool | None = None,
+    prefix: int = 0,
+    suffix: int = 0,
+    extra_kv: int = 0,
+    text_valid: Any = None,
+    padding: Any = None,
+    where: MaskMod | None = None,
 ) -> BlockMask:
     """Compile a problem into a FlexAttention ``BlockMask``, exactly, without the N x N mask.
 
@@ -48,7 +58,9 @@ def block_mask(
     into it with :func:`permute` and back with :func:`unpermute`.
 
     Args:
-        shape: tokens per axis, or a :class:`GNA` (then the problem is complete).
+        shape: tokens per axis, or a :class:`GNA` (then the problem is complete), or a sequence of them, one
+            per query head: grids of one shape, a window for every head. Each head has block lists of its own,
+            ``heads`` times the memory, unless all windows are equal; equal ones are worked out once.
         window, stride, dilation, is_causal: the problem, as in :class:`GNA`.
         q_tile, kv_tile: tokens per axis of a query and a key tile; one alone serves for both. ``q_tile`` is
             a whole multiple of ``kv_tile`` on every axis, so that one order serves q, k, v and the output.
@@ -59,6 +71,19 @@ def block_mask(
         full_width: block lists as wide as the mask has blocks (True), as narrow as the longest row (False),
             or as the device wants them (None: wide on a CPU, whose kernel needs it, up to 1 GiB in all;
             wide elsewhere while below 64 MiB, which keeps one compiled graph for all windows).
+        prefix, suffix: extra (text, register) tokens before and after the grid, which see everything and
+            which everything sees. Row-major they keep their places; tile-major they lie behind the padded
+            grid, each run padded to whole blocks: :func:`permute` takes ``[prefix | grid | suffix]`` there.
+        extra_kv: keys and values without queries, last of all, seen by every query (NATTEN's
+            ``additional_keys``).
+        text_valid: integers [batch] (or [1]), how many tokens at the start of the prefix, suffix or extra_kv
+            are real keys; [batch, runs] if there are several such runs. It is captured: changed in place, or
+            given anew, it needs no new graph and no new lists (:func:`with_lengths`).
+        padding: integers [batch, rank] (or [1, rank]), the valid extent of every axis: grid tokens past it
+            neither see nor are seen; their rows are zero, with a log-sum-exp of -inf. Windows stay those of
+            the whole grid.
+        where: a mask_mod of your own, ANDed in; it sees row-major tokens, extra ones included, in every
+            order. All full blocks become partial.
 
     Returns:
         A ``BlockMask`` with forward and transposed lists, full blocks apart from partial ones, its
@@ -75,11 +100,54 @@ def block_mask(
         >>> gnaflex.block_mask((8, 16, 16), (4, 8, 8), (4, 8, 8), q_tile=(2, 8, 8), device="cpu").sparsity()
         87.5
     """
-    spec = as_spec(shape, window, stride, dilation, is_causal)
-    layout = make_layout(spec, q_tile, kv_tile)
-    size = _block_size(layout, block_size)
-    record = MaskRecord(layout, choose_form(layout, form), size, full_width)
-    return compile_mask(record, resolve_device(device))
+    specs = as_specs(shape, window, stride, dilation, is_causal)
+    given = {"prefix": prefix, "suffix": suffix, "extra_kv": extra_kv}
+    extras = {name: count_of(name, value) for name, value in given.items()}
+    distinct = list(dict.fromkeys(specs))
+    if (q_tile or kv_tile) and len({spec.dilation for spec in distinct}) > 1:
+        raise GNAError(
+            "tile-major order gathers dilation groups, so that all heads must share the dilation: got "
+            f"{sorted({spec.dilation for spec in distinct})}.\n"
+            "  Leave out q_tile and kv_tile: row-major order takes any."
+        )
+    orders = tuple(Order((Document(make_layout(spec, q_tile, kv_tile), **extras),)) for spec in distinct)
+    heads = tuple(map(distinct.index, specs)) if len(distinct) > 1 else ()
+    where_it_lives = resolve_device(device)
+    record = MaskRecord(
+        orders,
+        choose_form(orders, form),
+        block_size_of(orders[0].documents[0].layout, block_size),
+        full_width,
+        heads,
+        cuts.checked(orders[0], text_valid, padding, where, where_it_lives),
+    )
+    return compile_mask(record, where_it_lives)
+
+
+def as_specs(shape: Any, window: Any, stride: Any, dilation: Any, is_causal: Any) -> tuple[GNA, ...]:
+    """The problems of the heads, or the one for all, from any way to give them, checked to share a shape."""
+    if not isinstance(shape, (list, tuple)) or not any(isinstance(one, GNA) for one in shape):
+        return (as_spec(shape, window, stride, dilation, is_causal),)
+    specs = tuple(as_spec(one, window, stride, dilation, is_causal) for one in shape)
+    for head, spec in enumerate(specs):
+        if spec.shape != specs[0].shape:
+            raise GNAError(
+                f"windows per head must share the shape: head {head} has shape={spec.shape}, head 0 has "
+                f"{specs[0].shape}.\n"
+                "  For grids of several shapes in one sequence write gnaflex.packed_block_mask(specs)."
+            )
+    return specs
+
+
+def count_of(name: str, value: Any) -> int:
+    """A number of extra tokens, checked."""
+    try:
+        count = operator.index(value)
+    except TypeError:
+        raise GNAError(f"{name} must be an integer: got {value!r}. Write {name}=256, say.") from None
+    if isinstance(value, bool) or count < 0:
+        raise GNAError(f"{name} must be a number of tokens >= 0: got {value!r}. Write {name}=256, say.")
+    return count
 
 
 def as_spec(
@@ -122,10 +190,11 @@ def make_layout(spec: GNA, q_tile: Sequence[int] | None, kv_tile: Sequence[int] 
                 f"q_tile must be a whole multiple of kv_tile: axis {axis} has q_tile={q}, kv_tile={kv}.\n"
                 f"  q_tile={tiles[0]}, kv_tile={tiles[1]}. Write q_tile={fixed}, kv_tile={tiles[1]}."
             )
-    return Layout(spec, *tiles)
+    return Layout(spec, tiles[0], tiles[1])
 
 
-def _block_size(layout: Layout, block_size: int | tuple[int, int] | None) -> tuple[int, int]:
+def block_size_of(layout: Layout, block_size: int | tuple[int, int] | None) -> tuple[int, int]:
+    """Tokens per query and key block: those of the tiles, or as given, or 128."""
     given = (block_size, block_size) if isinstance(block_size, int) else block_size
     if layout.q_tile is None:
         size = tuple(int(n) for n in given) if given else (DEFAULT_BLOCK, DEFAULT_BLOCK)
@@ -145,42 +214,75 @@ def _block_size(layout: Layout, block_size: int | tuple[int, int] | None) -> tup
 
 def compile_mask(record: MaskRecord, device: torch.device) -> BlockMask:
     """The BlockMask of a record, on a device."""
-    layout, size = record.layout, record.block_size
+    size = record.block_size
     assert size is not None
-    lists = _block_lists(layout, size, record.full_width, device)
-    mod = build(record, device, math.lcm(*size, PADDED_TO) if max(size) <= 1024 else math.lcm(*size))
+    lists = _block_lists(record, device)
+    mod = build(record, device, table_multiple(size))
     names = ("kv", "full_kv", "q", "full_q")
     tensors: dict[str, Any] = {}
     with real_tensors():
         for name, one in zip(names, lists, strict=True):
-            tensors[f"{name}_num_blocks"] = torch.from_numpy(one.counts)[None, None].to(device)
-            tensors[f"{name}_indices"] = torch.from_numpy(one.indices)[None, None].to(device)
+            tensors[f"{name}_num_blocks"] = torch.from_numpy(one.counts)[None].to(device)
+            tensors[f"{name}_indices"] = torch.from_numpy(one.indices)[None].to(device)
     return _assemble(record, tensors, mod)
 
 
-def _block_lists(
-    layout: Layout, size: tuple[int, int], full_width: bool | None, device: torch.device
-) -> list[Lists]:
-    pending: list[Pending] = []
-    for inverse in (False, True):
-        if layout.q_tile is None:
-            pending += row_major(layout.spec, *size, inverse)
-        else:
-            pending += tile_major(layout.spec, *layout.tiles, inverse)
+def table_multiple(size: tuple[int, int]) -> int:
+    """Tables reach the end of the last block, of these sizes or of any in common use."""
+    return math.lcm(*size, PADDED_TO) if max(size) <= 1024 else math.lcm(*size)
+
+
+def _block_lists(record: MaskRecord, device: torch.device) -> list[Lists]:
+    """Partial and full lists, forward and transposed: counts [heads, rows], indices [heads, rows, width]."""
+    pending = [pending_lists(record, order) for order in record.orders]
+    heads, full_width = max(len(record.heads), 1), record.full_width
     if full_width is None:
         most = FULL_WIDTH_BYTES.get(device.type, FULL_WIDTH_BYTES_ELSEWHERE)
-        full_width = sum(4 * len(one.counts) * one.columns for one in pending) <= most
-    return written(pending, full_width)
+        full_width = heads * sum(4 * len(one.counts) * one.columns for one in pending[0]) <= most
+    kinds = zip(*pending, strict=True)
+    widths = [max(one.columns if full_width else one.width for one in kind) for kind in kinds]
+    lists = [written(each, widths) for each in pending]
+    if not record.heads:
+        return [Lists(one.counts[None], one.indices[None]) for one in lists[0]]
+    of_heads = [[lists[which][kind] for which in record.heads] for kind in range(len(widths))]
+    return [
+        Lists(np.stack([one.counts for one in kind]), np.stack([one.indices for one in kind]))
+        for kind in of_heads
+    ]
+
+
+def pending_lists(
+    record: MaskRecord, order: Order, directions: Sequence[bool] = (False, True)
+) -> list[Pending]:
+    """Partial and full lists of a class of heads, counted but not written: forward, then transposed."""
+    assert record.block_size is not None
+    cut = Cut.NOTHING if record.cuts is None else record.cuts.cut
+    out: list[Pending] = []
+    for inverse in directions:
+        if order.is_tiled:
+            out += tile_major(order, inverse, cut)
+        else:
+            out += row_major(order, *record.block_size, inverse, cut)
+    return out
 
 
 def _assemble(record: MaskRecord, tensors: dict[str, Any], mod: MaskMod) -> BlockMask:
-    tokens = record.layout.num_tokens
+    lengths = record.order.num_queries, record.order.num_keys
     assert record.block_size is not None
-    bm = BlockMask(seq_lengths=(tokens, tokens), BLOCK_SIZE=record.block_size, mask_mod=mod, **tensors)
+    bm = BlockMask(seq_lengths=lengths, BLOCK_SIZE=record.block_size, mask_mod=mod, **tensors)
     # torch's own .to() would leave the tables that mask_mod captures behind. A subclass would not survive
     # torch (pytree registration, copies), an attribute of the instance does no harm where it is lost.
     bm.to = functools.partial(_moved, record, tensors, mod)  # type: ignore[method-assign]
     return bm
+
+
+def recompiled(bm: BlockMask, record: MaskRecord) -> BlockMask:
+    """The lists of a mask, and its windows, under the conditions of another record."""
+    assert record.block_size is not None
+    kinds = ("kv", "full_kv", "q", "full_q")
+    names = [f"{kind}_{what}" for kind in kinds for what in ("num_blocks", "indices")]
+    mod = build(record, bm.kv_num_blocks.device, table_multiple(record.block_size), bm.mask_mod)
+    return _assemble(record, {name: getattr(bm, name) for name in names}, mod)
 
 
 def _moved(
@@ -189,9 +291,10 @@ def _moved(
     moved = {name: tensor.to(device) for name, tensor in tensors.items()}
     if all(moved[name] is tensors[name] for name in tensors):
         return _assemble(record, tensors, mod)
-    size = record.block_size
+    size, target = record.block_size, moved["kv_indices"].device
     assert size is not None
-    return _assemble(record, moved, build(record, moved["kv_indices"].device, math.lcm(*size, PADDED_TO)))
+    there = record.with_cuts(record.cuts and record.cuts.to(target))
+    return _assemble(there, moved, build(there, target, table_multiple(size)))
 
 
 # ---- back to the problem -----------------------------------------------------------------------------
@@ -207,30 +310,32 @@ def record_of(bm: BlockMask) -> MaskRecord | None:
         )
     if not isinstance(record, MaskRecord) or record.block_size is None:
         return None
-    tokens = record.layout.num_tokens
-    rows, columns = (-(-tokens // size) for size in record.block_size)
+    lengths = record.order.num_queries, record.order.num_keys
+    rows, columns = (-(-n // size) for n, size in zip(lengths, record.block_size, strict=True))
     found = (tuple(bm.seq_lengths), tuple(bm.BLOCK_SIZE), tuple(bm.kv_num_blocks.shape))
-    made = ((tokens, tokens), record.block_size, (1, 1, rows))
+    made = (lengths, record.block_size, (1, max(len(record.heads), 1), rows))
     if found != made or bm.kv_indices.shape[-1] > columns:
         raise GNAError(
             f"this BlockMask was changed after it was made: (seq_lengths, BLOCK_SIZE, lists) is {found}, it "
-            f"was {made}.\n  Build one for the new size: block_mask(...) takes milliseconds."
+            f"was {made}.\n  Build one for the new size, in milliseconds: block_mask(...) or "
+            "gnaflex.resize(bm, shape)."
         )
     return record
 
 
-def layout_of(bm: BlockMask) -> Layout:
-    """The token order of a mask of ours."""
+def own_record(bm: BlockMask) -> MaskRecord:
+    """The record of a mask of ours; refuses any other."""
     record = record_of(bm)
     if record is None:
         raise GNAError(
             "this BlockMask was not made by gnaflex. Write bm = gnaflex.block_mask(shape, window, ...)."
         )
-    return record.layout
+    return record
 
 
-def spec_of(bm: BlockMask) -> GNA:
-    """The problem that a BlockMask of :func:`block_mask` was compiled from.
+def spec_of(bm: BlockMask) -> GNA | tuple[GNA, ...]:
+    """The problem that a BlockMask of :func:`block_mask` was compiled from; one per query head where they
+    differ, one per grid of a packed mask.
 
     It survives ``bm.to(device)``, copies, pytree round trips and ``torch.compile``.
 
@@ -242,7 +347,11 @@ def spec_of(bm: BlockMask) -> GNA:
         >>> gnaflex.spec_of(gnaflex.block_mask((16, 16), window=8, stride=4, device="cpu"))
         GNA(shape=(16, 16), window=(8, 8), stride=(4, 4))
     """
-    return layout_of(bm).spec
+    record = own_record(bm)
+    if record.heads:
+        return tuple(record.orders[which].spec for which in record.heads)
+    specs = tuple(document.spec for document in record.order.documents)
+    return specs[0] if len(specs) == 1 else specs
 
 
 def permute(x: Tensor, bm: BlockMask, dim: int = -2) -> Tensor:
@@ -251,7 +360,8 @@ def permute(x: Tensor, bm: BlockMask, dim: int = -2) -> Tensor:
     Padding is zero. Differentiable; :func:`unpermute` is the exact inverse. A row-major mask changes nothing.
 
     Args:
-        x: any dtype and device, tokens along ``dim``.
+        x: any dtype and device, tokens along ``dim``: the queries ``[prefix | grid | suffix]``, or the keys,
+            ``extra_kv`` tokens longer; grid after grid where several are packed.
         bm: a mask of :func:`block_mask`.
         dim: where the tokens lie; -2 suits [batch, heads, tokens, head_dim].
 
@@ -266,21 +376,18 @@ def permute(x: Tensor, bm: BlockMask, dim: int = -2) -> Tensor:
         >>> y.shape, torch.equal(gnaflex.unpermute(y, bm), x)
         (torch.Size([1, 2, 48, 8]), True)
     """
-    return to_order(x, layout_of(bm), dim)
+    return to_order(x, own_record(bm).order, dim)
 
 
 def unpermute(x: Tensor, bm: BlockMask, dim: int = -2) -> Tensor:
     """The exact inverse of :func:`permute`: tokens in the order of a mask back to row-major, pads dropped."""
-    return from_order(x, layout_of(bm), dim)
+    return from_order(x, own_record(bm).order, dim)
 
 
 def listed_blocks(record: MaskRecord) -> int:
-    """How many blocks the forward lists of a mask hold, without writing them."""
-    assert record.block_size is not None
-    layout = record.layout
-    grid = (
-        row_major(layout.spec, *record.block_size)
-        if layout.q_tile is None
-        else tile_major(layout.spec, *layout.tiles)
-    )
-    return int(sum(np.sum(one.counts) for one in grid))
+    """How many blocks the forward lists of a mask hold, all heads together, without writing them."""
+    counts = [
+        sum(int(one.counts.sum()) for one in pending_lists(record, order, (False,)))
+        for order in record.orders
+    ]
+    return sum(counts[which] for which in record.heads or (0,))

@@ -1,4 +1,4 @@
-"""Token orders: row-major, or tile-major with dilation groups gathered; permute and its exact inverse.
+"""Token orders of one grid: row-major, or tile-major with dilation groups gathered; no torch.
 
 Tile-major order puts the dilation groups one after another, cuts each into query tiles (padded to whole
 tiles), each query tile into key tiles, and lists the tokens of a key tile row-major.
@@ -6,19 +6,16 @@ tiles), each query tile into key tiles, and lists the tokens of a key tile row-m
 
 from __future__ import annotations
 
-import contextlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-import torch
-from torch import Tensor
 
-from gnaflex.spec import GNA, Axis, GNAError
+from gnaflex.spec import GNA, Axis
 from gnaflex.tiles import Tile, classes, groups, padded_tokens, relation
 from gnaflex.window import IntArray
 
@@ -38,18 +35,52 @@ class AxisPlaces(NamedTuple):
     is_pad: IntArray
 
 
+class Slab(NamedTuple):
+    """The part of one axis that a rank holds: its queries, and keys that hold all they see (half-open; the
+    starts are multiples of the dilation)."""
+
+    axis: int
+    q_start: int
+    q_stop: int
+    kv_start: int
+    kv_stop: int
+
+
 @dataclass(frozen=True)
 class Layout:
-    """The token order of a mask: tile-major with these tiles, or row-major when they are None."""
+    """The token order of a grid: tile-major with these tiles, or row-major when they are None. With a slab
+    (row-major only) the queries and the keys are two parts of the grid."""
 
     spec: GNA
     q_tile: Tile | None = None
     kv_tile: Tile | None = None
+    slab: Slab | None = None
 
     @cached_property
-    def num_tokens(self) -> int:
-        """Tokens in this order, padding included."""
-        return self.spec.num_tokens if self.q_tile is None else padded_tokens(self.spec, self.q_tile)
+    def q_shape(self) -> tuple[int, ...]:
+        """The grid of the queries."""
+        return self._cut(lambda slab: slab.q_stop - slab.q_start)
+
+    @cached_property
+    def kv_shape(self) -> tuple[int, ...]:
+        """The grid of the keys."""
+        return self._cut(lambda slab: slab.kv_stop - slab.kv_start)
+
+    def _cut(self, extent: Callable[[Slab], int]) -> tuple[int, ...]:
+        if self.slab is None:
+            return self.spec.shape
+        at = self.slab.axis
+        return (*self.spec.shape[:at], extent(self.slab), *self.spec.shape[at + 1 :])
+
+    @cached_property
+    def num_queries(self) -> int:
+        """Queries in this order, padding included."""
+        return math.prod(self.q_shape) if self.q_tile is None else padded_tokens(self.spec, self.q_tile)
+
+    @cached_property
+    def num_keys(self) -> int:
+        """Keys in this order, padding included."""
+        return self.num_queries if self.slab is None else math.prod(self.kv_shape)
 
     @cached_property
     def tiles(self) -> tuple[Tile, Tile]:
@@ -57,13 +88,28 @@ class Layout:
         ones = (1,) * self.spec.rank
         return self.q_tile or ones, self.kv_tile or ones
 
+    @property
+    def tiles_given(self) -> tuple[Tile | None, Tile | None]:
+        """Query and key tile as they were given."""
+        return self.q_tile, self.kv_tile
+
     @cached_property
     def places(self) -> tuple[AxisPlaces, ...]:
-        """The places of every axis."""
+        """The places of every axis, query side; their windows count in coordinates of the key side."""
         return tuple(
-            _axis_places(axis, None if self.q_tile is None else t)
-            for axis, t in zip(self.spec.axes, self.tiles[0], strict=True)
+            _slab_places(axis, self.slab)[0]
+            if self.slab is not None and self.slab.axis == at
+            else _axis_places(axis, None if self.q_tile is None else t)
+            for at, (axis, t) in enumerate(zip(self.spec.axes, self.tiles[0], strict=True))
         )
+
+    @cached_property
+    def key_places(self) -> tuple[AxisPlaces, ...]:
+        """The places of every axis, key side: the same but on the axis of a slab (there without windows)."""
+        if self.slab is None:
+            return self.places
+        at = self.slab.axis
+        return (*self.places[:at], _slab_places(self.spec.axes[at], self.slab)[1], *self.places[at + 1 :])
 
     def sum_over_axes(self, values: Sequence[IntArray]) -> IntArray:
         """Add up one value per place of every axis, for every token in this order."""
@@ -83,7 +129,7 @@ class Layout:
             parts.append(_grid_sum(cut).reshape(math.prod(len(part) for part in cut), -1))
         if len(parts) == 1:
             return parts[0].reshape(-1)
-        out = np.empty(self.num_tokens, values[0].dtype)
+        out = np.empty(self.num_queries, values[0].dtype)
         for combination, part in zip(classes(self.spec), parts, strict=True):
             first = self._group_starts([group.members for group in combination])
             out[first[:, None] + np.arange(part.shape[1])] = part
@@ -107,6 +153,8 @@ class Layout:
         """For every token of this order its row-major index (a pad: that of the query it copies), and
         whether it is a pad; int64 and bool [num_tokens]."""
         shape = self.spec.shape
+        if self.q_tile is None:
+            return np.arange(self.num_queries), np.zeros(self.num_queries, bool)
         tokens = self.sum_over_axes(
             [one.token * math.prod(shape[a + 1 :]) for a, one in enumerate(self.places)]
         )
@@ -162,51 +210,24 @@ def _axis_places(axis: Axis, q_tile: int | None) -> AxisPlaces:
     return AxisPlaces(*table)
 
 
-# ---- permute -----------------------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def real_tensors() -> Iterator[None]:
-    """Make tensors that can be kept: those made under inference_mode could not be used in training later on,
-    those made while tracing are not real."""
-    with torch.inference_mode(False), contextlib.ExitStack() as stack:
-        if torch._C._len_torch_dispatch_stack():
-            stack.enter_context(torch.utils._python_dispatch._disable_current_modes())
-        yield
-
-
-@lru_cache(maxsize=32)
-def _token_index(layout: Layout, device: torch.device) -> Tensor:
-    """For every row-major token its place in the order, int64 [tokens] on ``device``."""
-    tokens, is_pad = layout.row_major_tokens()
-    place = np.empty(layout.spec.num_tokens, np.int64)
-    place[tokens[~is_pad]] = np.flatnonzero(~is_pad)
-    with real_tensors():
-        return torch.from_numpy(place).to(device)
-
-
-def to_order(x: Tensor, layout: Layout, dim: int = -2) -> Tensor:
-    """Row-major tokens along ``dim`` to the order of ``layout``; pads are zero."""
-    _check_length("permute", x, dim, layout.spec.num_tokens, layout)
-    if layout.q_tile is None:
-        return x
-    shape = list(x.shape)
-    shape[dim] = layout.num_tokens
-    return x.new_zeros(shape).index_copy(dim, _token_index(layout, x.device), x)
-
-
-def from_order(x: Tensor, layout: Layout, dim: int = -2) -> Tensor:
-    """Tokens in the order of ``layout`` along ``dim`` back to row-major; pads are dropped."""
-    _check_length("unpermute", x, dim, layout.num_tokens, layout)
-    if layout.q_tile is None:
-        return x
-    return x.index_select(dim, _token_index(layout, x.device))
-
-
-def _check_length(verb: str, x: Tensor, dim: int, expected: int, layout: Layout) -> None:
-    if not -x.dim() <= dim < x.dim() or x.shape[dim] != expected:
-        raise GNAError(
-            f"{verb} takes {expected} tokens along dim {dim}: got shape {tuple(x.shape)}.\n"
-            f"  The mask is {layout.spec!r} with q_tile={layout.q_tile}. Tensors are [..., tokens, head_dim];"
-            f" pass dim= when the tokens lie elsewhere."
-        )
+@lru_cache(maxsize=64)
+def _slab_places(axis: Axis, slab: Slab) -> tuple[AxisPlaces, AxisPlaces]:
+    """The places of the queries and of the keys of a slab, coordinates counted group by group in the slab."""
+    queries, keys = np.arange(slab.q_start, slab.q_stop), np.arange(slab.kv_start, slab.kv_stop)
+    d = axis.dilation
+    q_coordinate, kv_coordinate = (
+        np.argsort(np.argsort(side % d, kind="stable")) for side in (queries, keys)
+    )
+    lo, hi = np.zeros((2, len(queries)), np.int64)
+    first_key = np.concatenate([[0], np.cumsum(np.bincount(keys % d, minlength=d))])
+    for group in groups(axis):
+        pairs = relation(group.n, axis)
+        mine = np.isin(queries % d, group.members)
+        # of inside coordinates to those of the slab: its first key of every group is number kv_start / d
+        shift = first_key[queries[mine] % d] - slab.kv_start // d
+        lo[mine], hi[mine] = (side[queries[mine] // d] + shift for side in pairs)
+    none_q, none_kv = (np.zeros_like(side) for side in (queries, keys))
+    return (
+        AxisPlaces(q_coordinate, lo, hi, queries - slab.q_start, none_q),
+        AxisPlaces(kv_coordinate, none_kv, none_kv, keys - slab.kv_start, none_kv),
+    )

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 from torch.nn.functional import pad, unfold
 
-from gnaflex.flex import layout_of
+from gnaflex.flex import own_record
 from gnaflex.reference import allowed_keys
 
 if TYPE_CHECKING:
@@ -202,7 +202,7 @@ def _block_map(ax: Axes, bm: BlockMask, title: str, ratio: float) -> None:
 
 def _keys(ax: Axes, bm: BlockMask, place: tuple[float, float], title: str) -> None:
     """One query, its window, and the key tiles that its query tile visits; no dilation."""
-    layout = layout_of(bm)
+    layout = own_record(bm).order.documents[0].layout
     (height, width), tile = layout.spec.shape, layout.tiles[1]
     y, x = (int(part * length) for part, length in zip(place, (height, width), strict=True))
     columns = -(-width // tile[1])

@@ -12,14 +12,109 @@ from typing import NamedTuple
 
 import numpy as np
 
-from gnaflex.blocks import Grid, Int32Array, Lists, Pending, Ranges, expand, offsets, written
+from gnaflex.blocks import Cut, Grid, Int32Array, Lists, Pending, Ranges, expand, offsets, written
+from gnaflex.order import Document, Order
 from gnaflex.spec import GNA
 from gnaflex.tiles import Group, Tile, TileRanges, classes, groups, tile_ranges
 from gnaflex.window import IntArray
 
 
-def tile_major(spec: GNA, q_tile: Tile, kv_tile: Tile, inverse: bool = False) -> tuple[Pending, Pending]:
-    """The partial and full lists of a mask whose tokens lie dilation group by group, tile by tile.
+def tile_major(order: Order, inverse: bool = False, cut: Cut = Cut.NOTHING) -> tuple[Pending, Pending]:
+    """The partial and full lists of a mask whose tokens lie dilation group by group, tile by tile, the extra
+    tokens behind. ``inverse`` gives the transposed lists. Blocks that ``cut`` may cut into are partial."""
+    each = [_document_lists(document, inverse, cut) for document in order.documents]
+    if len(each) == 1:
+        return each[0]
+    return _stacked([partial for partial, _ in each]), _stacked([full for _, full in each])
+
+
+def _stacked(parts: Sequence[Pending]) -> Pending:
+    """Lists of documents that share neither rows nor columns."""
+
+    def write(indices: Int32Array) -> None:
+        row = column = 0
+        for part in parts:
+            mine = indices[row : row + len(part.counts)]
+            part.write(mine)
+            mine += column
+            row, column = row + len(part.counts), column + part.columns
+
+    return Pending(sum(part.columns for part in parts), np.concatenate([p.counts for p in parts]), write)
+
+
+# ---- extra tokens ------------------------------------------------------------------------------------
+
+# How much of a key block can be seen: none of it is a token, some is (or may be cut), all is.
+NONE, SOME, ALL = range(3)
+
+
+def _document_lists(document: Document, inverse: bool, cut: Cut) -> tuple[Pending, Pending]:
+    grid = _grid_lists(document.spec, *document.layout.tiles, inverse, cut is Cut.ALL)
+    if not document.texts:
+        return grid
+    keys = np.minimum(_key_states(document), SOME if cut is Cut.ALL else ALL)
+    kv_blocks = len(grid[0].counts) if inverse else grid[0].columns
+    if cut is Cut.TEXT:
+        keys[kv_blocks:] = np.minimum(keys[kv_blocks:], SOME)
+    queries = np.full(document.num_queries // math.prod(document.layout.tiles[0]), ALL)
+    rows, columns = (keys, queries) if inverse else (queries, keys)
+    return _with_text(grid[0], rows, columns, SOME), _with_text(grid[1], rows, columns, ALL)
+
+
+def _with_text(grid: Pending, rows: IntArray, columns: IntArray, state: int) -> Pending:
+    """The lists of a grid continued: blocks that pair with extra tokens are listed here if the lesser of the
+    states of row and column is ``state``. Extra tokens lie behind, so their columns follow the grid's."""
+    tail = np.minimum.outer(rows[: len(grid.counts)], columns[grid.columns :]) == state
+    below = np.minimum.outer(rows[len(grid.counts) :], columns) == state
+    counts = np.concatenate([grid.counts + tail.sum(1), below.sum(1)])
+
+    def write(indices: Int32Array) -> None:
+        grid.write(indices[: len(grid.counts)])
+        for listed, before, row, column in (
+            (tail, grid.counts, 0, grid.columns),
+            (below, np.zeros(len(below), np.int64), len(grid.counts), 0),
+        ):
+            at, entry = np.nonzero(listed)
+            place = before[at] + listed.cumsum(1)[at, entry] - 1
+            indices[row + at, place] = column + entry
+
+    return Pending(len(columns), counts, write)
+
+
+def _key_states(document: Document) -> IntArray:
+    """The state of every key block: those of the grid, then those of the extra tokens."""
+    spec, (q_tile, kv_tile) = document.spec, document.layout.tiles
+    ratio = tuple(q // kv for q, kv in zip(q_tile, kv_tile, strict=True))
+    kv_block = math.prod(kv_tile)
+    states = np.full(document.num_keys // kv_block, ALL)
+    for combination in classes(spec):
+        q_tiles = tuple(-(-group.n // t) for group, t in zip(combination, q_tile, strict=True))
+        each = [
+            _filled(group.n, tiles * q, kv)
+            for group, tiles, q, kv in zip(combination, q_tiles, q_tile, kv_tile, strict=True)
+        ]
+        block = _outer_sum(_placement(q_tiles, ratio))
+        origin = _group_offsets(spec, combination, q_tile) * math.prod(ratio)
+        states[np.add.outer(origin, block)] = functools.reduce(np.minimum.outer, each).ravel()
+    for text in document.texts:
+        here = slice(text.start // kv_block, (text.start + text.places) // kv_block)
+        states[here] = _filled(text.tokens, text.places, kv_block)
+    return states
+
+
+def _filled(tokens: int, places: int, block: int) -> IntArray:
+    """The states of the blocks of ``places`` of which the first ``tokens`` are tokens."""
+    left = tokens - np.arange(0, places, block)
+    return np.where(left >= block, ALL, np.where(left > 0, SOME, NONE))
+
+
+# ---- grids -------------------------------------------------------------------------------------------
+
+
+def _grid_lists(
+    spec: GNA, q_tile: Tile, kv_tile: Tile, inverse: bool, never_full: bool
+) -> tuple[Pending, Pending]:
+    """The lists of a grid alone.
 
     Rows that look alike but for a shift (the interior of a grid, the groups of one length) are worked out
     once and copied with their shift.
@@ -27,8 +122,8 @@ def tile_major(spec: GNA, q_tile: Tile, kv_tile: Tile, inverse: bool = False) ->
     per_block = math.prod(q // kv for q, kv in zip(q_tile, kv_tile, strict=True))
     q_blocks = sum(len(_group_offsets(spec, each, q_tile)) * _tiles(each, q_tile) for each in classes(spec))
     rows, columns = (q_blocks * per_block, q_blocks) if inverse else (q_blocks, q_blocks * per_block)
-    parts = zip(*(_class_lists(spec, each, q_tile, kv_tile, inverse) for each in classes(spec)), strict=True)
-    partial, full = (_assembled(rows, columns, part) for part in parts)
+    each = (_class_lists(spec, one, q_tile, kv_tile, inverse, never_full) for one in classes(spec))
+    partial, full = (_assembled(rows, columns, part) for part in zip(*each, strict=True))
     return partial, full
 
 
@@ -64,7 +159,12 @@ def _tiles(combination: tuple[Group, ...], tile: Tile) -> int:
 
 
 def _class_lists(
-    spec: GNA, combination: tuple[Group, ...], q_tile: Tile, kv_tile: Tile, inverse: bool
+    spec: GNA,
+    combination: tuple[Group, ...],
+    q_tile: Tile,
+    kv_tile: Tile,
+    inverse: bool,
+    never_full: bool,
 ) -> list[_Copies]:
     """Partial and full lists of the dilation groups of one combination of lengths."""
     ratio = tuple(q // kv for q, kv in zip(q_tile, kv_tile, strict=True))
@@ -88,6 +188,8 @@ def _class_lists(
         )
         for at in (0, 2)
     )
+    if never_full:
+        full = Ranges(full.start[:0], full.stop[:0])
     grid = Grid(math.prod(len(first) for first, _ in alike), columns, touched, full)
     pitches = [math.prod(len(first) for first, _ in alike[a + 1 :]) for a in range(spec.rank)]
     like = _outer_sum([group * pitch for (_, group), pitch in zip(alike, pitches, strict=True)])
@@ -102,9 +204,7 @@ def _class_lists(
     every_row = np.add.outer(row_origin, row).ravel()
     shift = np.add.outer(column_origin, _outer_sum(moves)).ravel().astype(np.int32)
     every_like = np.tile(like, len(first_block))
-    return [
-        _Copies(lists, every_row, every_like, shift) for lists in written(grid.pending(), full_width=False)
-    ]
+    return [_Copies(lists, every_row, every_like, shift) for lists in written(grid.pending())]
 
 
 def _alike(ranges: TileRanges, step: int) -> tuple[IntArray, IntArray]:

@@ -16,6 +16,7 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 from torch.utils import _pytree as pytree
 
 import gnaflex
+from gnaflex.compiled import captured_tensors
 from gnaflex.spec import GNA, GNAError
 
 LISTS = [f"{kind}_{what}" for kind in ("kv", "full_kv", "q", "full_q") for what in ("num_blocks", "indices")]
@@ -96,9 +97,7 @@ def test_the_problem_travels_with_the_mask():
         moved = copy.copy(bm).to("meta")
         assert gnaflex.spec_of(moved) == gnaflex.spec_of(moved.to("meta")) == spec
         assert moved.kv_indices.device.type == "meta"
-        tables = [
-            c.cell_contents for c in moved.mask_mod.__closure__ if isinstance(c.cell_contents, torch.Tensor)
-        ]
+        tables = list(captured_tensors(moved.mask_mod))
         assert tables
         assert all(table.device.type == "meta" for table in tables)
     assert pickle.loads(pickle.dumps(gnaflex.spec_of(bm))) == spec

@@ -13,6 +13,7 @@ from orders import axis_pairs, blocked, from_lists, ordered_mask, random_tiles
 from gnaflex import tiles
 from gnaflex.blocks import written
 from gnaflex.layout import Layout
+from gnaflex.order import Document, Order, order_of
 from gnaflex.reference import dense_mask
 from gnaflex.row_blocks import row_major
 from gnaflex.spec import GNA
@@ -22,7 +23,7 @@ from gnaflex.tile_blocks import tile_major
 def check(pending, mask, q_block, kv_block, full_width):
     """Forward lists, then transposed ones, against the blocks of a dense mask."""
     touched, full = blocked(mask, q_block, kv_block)
-    lists = written(pending, full_width)
+    lists = written(pending, [one.columns for one in pending] if full_width else None)
     for (partial_lists, full_lists), some, every in (
         (lists[:2], touched, full),
         (lists[2:], touched.T, full.T),
@@ -36,12 +37,14 @@ def check(pending, mask, q_block, kv_block, full_width):
 
 
 def check_row_major(spec, q_block, kv_block, full_width=True):
-    pending = [*row_major(spec, q_block, kv_block), *row_major(spec, q_block, kv_block, True)]
+    order = order_of(spec)
+    pending = [*row_major(order, q_block, kv_block), *row_major(order, q_block, kv_block, True)]
     check(pending, dense_mask(spec).numpy(), q_block, kv_block, full_width)
 
 
 def check_tile_major(spec, q_tile, kv_tile, full_width=True):
-    pending = [*tile_major(spec, q_tile, kv_tile), *tile_major(spec, q_tile, kv_tile, True)]
+    order = Order((Document(Layout(spec, q_tile, kv_tile)),))
+    pending = [*tile_major(order), *tile_major(order, True)]
     q_block, kv_block = int(np.prod(q_tile)), int(np.prod(kv_tile))
     mask = ordered_mask(spec, q_tile, kv_tile)
     check(pending, mask, q_block, kv_block, full_width)
@@ -98,15 +101,15 @@ def test_large_masks_by_block_rows(spec, order):
     spec = rng.choice(causal_variants(spec))
     if order == "row-major":
         tokens, pads = np.arange(spec.num_tokens), np.zeros(spec.num_tokens, bool)
-        make = functools.partial(row_major, spec, 128, 128)
+        make = functools.partial(row_major, order_of(spec), 128, 128)
     else:
         tile = {1: (128,), 2: (8, 16), 3: (2, 8, 8)}[spec.rank]
         tokens, pads = Layout(spec, tile, tile).row_major_tokens()
-        make = functools.partial(tile_major, spec, tile, tile)
+        make = functools.partial(tile_major, Order((Document(Layout(spec, tile, tile)),)))
     at = np.stack(np.unravel_index(tokens, spec.shape))
     rows, whole = -(-len(tokens) // 128), len(tokens) // 128
     for inverse in (False, True):
-        partial, full = written(make(inverse), False)
+        partial, full = written(make(inverse))
         row = rng.randrange(rows)
         mine = slice(row * 128, (row + 1) * 128)
         seen = _pairs_of_rows(spec, at, mine, inverse) & (~pads if not inverse else ~pads[mine][:, None])

@@ -11,6 +11,7 @@ from torch._dynamo.utils import counters
 import gnaflex
 from gnaflex import compiled, dispatch, door
 from gnaflex.reference import reference_attention
+from gnaflex.mask import decoded
 from gnaflex.spec import GNA, GNAError
 
 SHAPE = (4, 9, 11)
@@ -107,11 +108,11 @@ def test_tile_major_masks(backend, tiles):
 
 def test_attention_permutes_when_counts_say_so():
     shape, problem = (8, 32, 32), {"window": (4, 16, 16), "stride": (4, 8, 8)}
-    order = door._problem(shape, *problem.values(), 1, False).cheapest
-    assert order.permutes
+    route = door._problem(0, shape, *problem.values(), 1, False).cheapest
+    assert route.order.is_tiled
     q, k, v = inputs(shape, batch=1, heads=1, kv_heads=1)
     assert_within_budget(gnaflex.attention(q, k, v, **problem, backend="flex"), q, k, v, **problem)
-    assert not door._problem((8, 40), (2, 3), 1, 1, False).cheapest.permutes
+    assert not door._problem(0, (8, 40), (2, 3), 1, 1, False).cheapest.order.is_tiled
 
 
 @pytest.mark.parametrize("backend", ["auto", "sdpa", "reference"])
@@ -200,6 +201,7 @@ def test_explain_golden():
     assert str(plain).splitlines()[0] == "backend: flex"
     assert "  sdpa: runs, but comes later" in str(plain)
     assert "  reference: runs, but comes later" in str(plain)
+    assert str(plain).splitlines()[-1].startswith("mask: GNA(shape=")
     training = gnaflex.explain(q.requires_grad_(), q, q, bm, return_lse=True)
     assert training.backend == "sdpa"
     assert training.reasons["flex"] == [
@@ -348,12 +350,19 @@ def test_the_operators_are_sound():
     q, k, v = (
         x.requires_grad_() for x in inputs((3, 4), batch=1, heads=2, kv_heads=1, dim=4, dtype=torch.double)
     )
-    record = gnaflex.block_mask((3, 4), (3, 2), device="cpu").mask_mod.gnaflex
-    args = (flat(q), flat(k), flat(v), operators.encoded(record), None, True, "auto")
+    extra = [torch.randn(1, 3, 1, 4, dtype=torch.double, requires_grad=True) for _ in range(2)]
+    mod = gnaflex.block_mask((3, 4), (3, 2), device="cpu").mask_mod
+    args = (flat(q), flat(k), flat(v), None, None, mod.gnaflex_code, None, True, "auto")
     torch.library.opcheck(operators.attend, args)
-    grid = (q, k, v, [3, 2], [1, 2], [1, 2], [0, 1], 0.5, True, "auto")
-    torch.library.opcheck(operators.attend_grid, grid)
-    assert operators.decoded(operators.encoded(record)) == record
+    lengths = torch.tensor([[3, 2]], dtype=torch.int32)
+    args = (*args[:4], lengths, *args[5:])
+    # torch's schema check cannot run vmap, by which conditions are applied, inside an operator
+    others = ("test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
+    torch.library.opcheck(operators.attend, args, test_utils=others)
+    for more in ((None, None), extra):
+        grid = (q, k, v, *more, [3, 2], [1, 2], [1, 2], [0, 1], 0.5, True, "auto")
+        torch.library.opcheck(operators.attend_grid, grid)
+    assert decoded(mod.gnaflex_code) == mod.gnaflex
 
 
 def test_threads_compile_and_run_at_once():

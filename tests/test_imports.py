@@ -18,20 +18,32 @@ LAW = {
     "spec": set(),
     "window": {"spec"},
     "tiles": {"spec", "window"},
-    "blocks": {"window"},
-    "row_blocks": {"spec", "window", "tiles", "blocks"},
-    "tile_blocks": {"spec", "window", "tiles", "blocks"},
     "layout": {"spec", "window", "tiles"},
-    "mask": {"spec", "window", "layout"},
-    "flex": {"spec", "tiles", "blocks", "row_blocks", "tile_blocks", "layout", "mask"},
+    "order": {"spec", "window", "layout"},
+    "blocks": {"window"},
+    "row_blocks": {"spec", "window", "tiles", "layout", "order", "blocks"},
+    "tile_blocks": {"spec", "window", "tiles", "order", "blocks"},
+    "reorder": {"spec", "order"},
+    "tables": {"window", "order"},
+    "packed": {"window", "layout", "order", "tables"},
+    "forms": {"spec", "window", "layout", "order", "tables", "packed"},
+    "cuts": {"spec", "order", "blocks", "tables"},
+    "mask": {"spec", "layout", "order", "reorder", "tables", "forms", "cuts"},
+    "flex": {
+        *("spec", "blocks", "row_blocks", "tile_blocks", "layout", "order"),
+        *("reorder", "tables", "cuts", "mask"),
+    },
+    "derive": {"spec", "tiles", "layout", "order", "tables", "forms", "cuts", "mask", "flex"},
+    "bias": {"spec", "window", "layout", "order", "reorder", "tables", "mask", "flex"},
+    "advice": {"spec", "tiles", "layout", "order", "blocks", "mask", "flex"},
     "reference": {"spec"},
-    "gather": {"spec", "window", "tiles", "layout", "mask"},
+    "gather": {"spec", "window", "tiles", "layout", "order", "reorder", "mask"},
     "compiled": set(),
-    "dispatch": {"spec", "layout", "mask", "flex", "compiled", "gather", "reference"},
-    "operators": {"spec", "layout", "mask", "flex"},
-    "door": {"spec", "tiles", "layout", "mask", "flex", "dispatch"},
+    "dispatch": {"spec", "order", "cuts", "mask", "flex", "compiled", "gather", "reference"},
+    "operators": {"spec", "cuts", "mask", "flex"},
+    "door": {"spec", "layout", "order", "reorder", "mask", "flex", "advice", "dispatch"},
 }
-NO_TORCH = {"spec", "window", "tiles", "blocks", "row_blocks", "tile_blocks"}
+NO_TORCH = {"spec", "window", "tiles", "layout", "order", "blocks", "row_blocks", "tile_blocks"}
 
 
 def top_level_imports(path: Path) -> set[str]:

@@ -26,7 +26,7 @@ def test_order_and_inverse(seed):
         got_tokens, got_pads = layout.row_major_tokens()
         assert np.array_equal(got_tokens, tokens)
         assert np.array_equal(got_pads, pads)
-        assert layout.num_tokens == len(tokens)
+        assert layout.num_queries == len(tokens)
 
         bm = gnaflex.block_mask(spec, q_tile=q_tile, kv_tile=kv_tile, device="cpu")
         x = torch.randn(2, spec.num_tokens, 3)

@@ -11,9 +11,11 @@ from cases import NATTEN_CASES, all_1d, causal_variants, random_spec
 from orders import ordered_mask, random_tiles
 
 import gnaflex
-from gnaflex import mask
+from gnaflex import compiled, forms, mask, packed
+from gnaflex.forms import FORMS
 from gnaflex.layout import Layout
-from gnaflex.mask import FORMS, MaskRecord
+from gnaflex.mask import MaskRecord
+from gnaflex.order import Document, Order, order_of
 from gnaflex.reference import dense_mask
 from gnaflex.spec import GNA, GNAError
 
@@ -26,15 +28,19 @@ def evaluated(mod, tokens):
     return mod(zero, zero, at[:, None], at[None, :]).numpy()
 
 
-def forms_of(layout):
-    return [form for form in FORMS if mask._reason_against(form, layout) is None]
+def forms_of(*orders):
+    return [form for form in FORMS if forms.reason_against(form, orders) is None]
+
+
+def tiled(spec, q_tile, kv_tile):
+    return Order((Document(Layout(spec, q_tile, kv_tile)),))
 
 
 def test_every_1d_problem_up_to_10_in_every_form():
     seen = set()
     for spec in all_1d(10):
         want = dense_mask(spec).numpy()
-        for form in forms_of(Layout(spec)):
+        for form in forms_of(order_of(spec)):
             seen.add(form)
             assert np.array_equal(
                 evaluated(gnaflex.mask_mod(spec, form, device="cpu"), spec.num_tokens), want
@@ -48,13 +54,13 @@ def test_random_problems_in_every_order_and_form(seed):
     for _ in range(60):
         spec = random_spec(rng, rng.choice([2, 3, 4]), 250)
         tiles = random_tiles(rng, spec)
-        for layout, want in (
-            (Layout(spec), ordered_mask(spec)),
-            (Layout(spec, *tiles), ordered_mask(spec, *tiles)),
+        for order, want in (
+            (order_of(spec), ordered_mask(spec)),
+            (tiled(spec, *tiles), ordered_mask(spec, *tiles)),
         ):
-            for form in forms_of(layout):
-                mod = mask.build(MaskRecord(layout, form), CPU)
-                assert np.array_equal(evaluated(mod, layout.num_tokens), want), (layout, form)
+            for form in forms_of(order):
+                mod = mask.build(MaskRecord((order,), form), CPU)
+                assert np.array_equal(evaluated(mod, order.num_queries), want), (order, form)
 
 
 @pytest.mark.parametrize("spec", [spec for spec in NATTEN_CASES if spec.num_tokens <= 2048], ids=repr)
@@ -62,7 +68,7 @@ def test_natten_cases(spec):
     rng = random.Random(repr(spec))
     for one in rng.sample(causal_variants(spec), 2):
         want = dense_mask(one).numpy()
-        for form in forms_of(Layout(one)):
+        for form in forms_of(order_of(one)):
             mod = gnaflex.mask_mod(one, form, device="cpu")
             assert np.array_equal(evaluated(mod, one.num_tokens), want)
 
@@ -75,18 +81,18 @@ def test_natten_cases(spec):
 )  # fmt: skip
 def test_packed_arithmetic_is_exact_for_every_token(shape, tile):
     """The key side of "packed" computes in float32; here it meets the integers for every token."""
-    layout = Layout(GNA(shape, 1), tile, tile)
-    fields = mask._Fields.of(layout)
-    segments = mask._key_segments(layout, fields)
+    order = tiled(GNA(shape, 1), tile, tile)
+    layout, fields = order.documents[0].layout, packed.Fields.of([order])
+    segments = packed.key_segments([order], fields)
     assert segments is not None
-    want = fields.pack(layout, [one.coordinate for one in layout.places])
-    got = mask._packed_key(torch.arange(layout.num_tokens).float(), segments)
+    want = fields.pack(0, layout, [one.coordinate for one in layout.places])
+    got = packed.packed_key(torch.arange(layout.num_keys).float(), segments)
     assert np.array_equal(got.to(torch.int32).numpy(), want)
 
 
 def test_reciprocals_divide_exactly_up_to_the_bound():
     rng = random.Random(0)
-    top = mask.EXACT_QUOTIENTS - 1
+    top = packed.EXACT_QUOTIENTS - 1
     for divisor in [*range(1, 200), *(rng.randint(200, top) for _ in range(300))]:
         edges = torch.tensor(
             [
@@ -99,7 +105,7 @@ def test_reciprocals_divide_exactly_up_to_the_bound():
             [edges, torch.tensor([top // divisor * divisor - 1, top // divisor * divisor, top])]
         )
         edges = edges.clamp(0, top)
-        got = torch.floor(edges.float() * mask._rounded_up(divisor)).long()
+        got = torch.floor(edges.float() * packed._rounded_up(divisor)).long()
         assert torch.equal(got, edges // divisor), divisor
 
 
@@ -127,16 +133,14 @@ def test_packed_takes_64_bits_when_it_must_and_gives_up_beyond():
     assert mod.gnaflex.form == "packed"
     token = torch.tensor([0, 5, 3**12 - 1])
     assert torch.equal(mod(token, token, token[:, None], token), torch.eye(3, dtype=torch.bool))
-    assert mask._Fields.of(Layout(GNA((2,) * 32, 1))).bits == 64
-    assert "64 bits" in mask._reason_against("packed", Layout(GNA((2,) * 32, 1)))
+    assert packed.Fields.of([order_of(GNA((2,) * 32, 1))]).bits == 64
+    assert "64 bits" in forms.reason_against("packed", [order_of(GNA((2,) * 32, 1))])
 
 
 def test_tables_reach_the_end_of_the_last_block():
     for form in ("packed", "table", "interval"):
         mod = gnaflex.mask_mod(GNA(300, 7), form, device="cpu")
-        tables = [
-            cell.cell_contents for cell in mod.__closure__ if isinstance(cell.cell_contents, torch.Tensor)
-        ]
+        tables = list(compiled.captured_tensors(mod))
         assert tables
         assert all(table.shape[-1] == 512 for table in tables)
 
@@ -150,6 +154,5 @@ def test_every_form_has_the_structure_of_the_grid_alone():
         seen = set()
         for spec in windows:
             mod = gnaflex.mask_mod(spec, form, device="cpu")
-            cells = [cell.cell_contents for cell in mod.__closure__]
-            seen.add((mod.__code__, tuple(c.shape if isinstance(c, torch.Tensor) else c for c in cells)))
+            seen.add(compiled.structure_of(mod))
         assert len(seen) == 1

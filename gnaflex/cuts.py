@@ -1,0 +1,179 @@
+"""Conditions beside the windows: padding of a batch entry, effective text lengths, a user's own mask_mod.
+
+They are captured, not compiled: their numbers may change without another graph or other block lists. The
+lists only know which blocks they may cut.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from gnaflex.blocks import Cut
+from gnaflex.order import Order
+from gnaflex.spec import GNAError
+from gnaflex.tables import MaskMod, Tables
+
+
+@dataclass(frozen=True, eq=False)
+class Cuts:
+    """``text_valid`` integers [batch, runs of extra tokens], ``padding`` integers [batch, rank], and
+    ``where``, a mask_mod over row-major tokens."""
+
+    text_valid: Tensor | None = None
+    padding: Tensor | None = None
+    where: MaskMod | None = None
+
+    @property
+    def cut(self) -> Cut:
+        """What the block lists must know."""
+        if self.padding is not None or self.where is not None:
+            return Cut.ALL
+        return Cut.NOTHING if self.text_valid is None else Cut.TEXT
+
+    @property
+    def batch(self) -> int:
+        """The batch size the tensors ask for; 1 suits every batch."""
+        return max((len(x) for x in (self.text_valid, self.padding) if x is not None), default=1)
+
+    def to(self, device: torch.device) -> Cuts:
+        """The same with its tensors on a device; what ``where`` captures stays where it is."""
+        text_valid, padding = (None if x is None else x.to(device) for x in (self.text_valid, self.padding))
+        return Cuts(text_valid, padding, self.where)
+
+
+def checked(
+    order: Order, text_valid: Any, padding: Any, where: MaskMod | None, device: torch.device
+) -> Cuts | None:
+    """The conditions of a mask, checked against its tokens; None if there are none."""
+    if text_valid is None and padding is None and where is None:
+        return None
+    for name, given in (("text_valid", text_valid), ("padding", padding)):
+        if given is not None and len(order.documents) > 1:
+            raise GNAError(
+                f"{name} is for one grid: got {len(order.documents)} packed ones.\n"
+                "  Give every grid its own shape and prefix or suffix instead."
+            )
+    runs = len(order.documents[0].texts)
+    if text_valid is not None and not runs:
+        raise GNAError(
+            "text_valid needs extra tokens: got prefix=0, suffix=0, extra_kv=0.\n"
+            "  Write block_mask(..., suffix=256, text_valid=lengths)."
+        )
+    rank = order.documents[0].spec.rank
+    what = "one per run of extra tokens (prefix, suffix, extra_kv, those that are not empty)"
+    return Cuts(
+        None if text_valid is None else _integers("text_valid", text_valid, runs, what, device),
+        None if padding is None else _integers("padding", padding, rank, "one per axis", device),
+        where,
+    )
+
+
+def _integers(name: str, given: Any, columns: int, what: str, device: torch.device) -> Tensor:
+    """[batch, columns]: the tensor that was given, shared wherever its device allows, so that it may be
+    changed in place."""
+    values = torch.as_tensor(given)
+    if values.dim() == 1 and columns == 1:
+        values = values[:, None]
+    if values.dim() != 2 or values.shape[1] != columns or values.is_floating_point():
+        raise GNAError(
+            f"{name} must be integers [batch, {columns}], {what}: got {tuple(values.shape)} {values.dtype}.\n"
+            f"  Write {name}=torch.tensor([[...]] * batch, dtype=torch.int32) with {columns} entries each."
+        )
+    return values.to(device)
+
+
+def cut(mod: MaskMod, cuts: Cuts | None, tables: Tables) -> MaskMod:
+    """``mod`` and every condition."""
+    visible = condition(cuts, tables)
+    if visible is None:
+        return mod
+    return lambda b, h, q_idx, kv_idx: mod(b, h, q_idx, kv_idx) & visible(b, h, q_idx, kv_idx)
+
+
+def condition(cuts: Cuts | None, tables: Tables) -> MaskMod | None:
+    """All conditions as a mask_mod over the places of the order; None if there are none."""
+    if cuts is None:
+        return None
+    parts = [
+        None if cuts.text_valid is None else _valid_text(cuts.text_valid, tables.order),
+        None if cuts.padding is None else _inside(cuts.padding, tables),
+        None if cuts.where is None else at_places(cuts.where, tables),
+    ]
+    mods = [part for part in parts if part is not None]
+    if len(mods) == 1:
+        return mods[0]
+
+    def every(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
+        ok = mods[0](b, h, q_idx, kv_idx)
+        for mod in mods[1:]:
+            ok = ok & mod(b, h, q_idx, kv_idx)
+        return ok
+
+    return every
+
+
+def _entry(values: Tensor) -> Callable[[Tensor, int], Tensor]:
+    """``entry(b, column)`` of [batch, columns]; one row serves every batch."""
+    if len(values) == 1:
+        return lambda b, column: values[b * 0, column]
+    return lambda b, column: values[b, column]
+
+
+def _valid_text(lengths: Tensor, order: Order) -> MaskMod:
+    (document,) = order.documents
+    runs = [(text.start, text.start + text.places) for text in document.texts]
+    entry = _entry(lengths)
+
+    def valid_text(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
+        ok = None
+        for column, (start, stop) in enumerate(runs):
+            here = (kv_idx < start) | (kv_idx >= stop) | (kv_idx - start < entry(b, column))
+            ok = here if ok is None else ok & here
+        assert ok is not None
+        return ok
+
+    return valid_text
+
+
+def _inside(extents: Tensor, tables: Tables) -> MaskMod:
+    """Both tokens within the extents; extra tokens are within any."""
+    rank = tables.order.spec.rank
+    query, key = (_coordinates(tables.order, keys, tables.device, tables.multiple) for keys in (False, True))
+    entry = _entry(extents)
+
+    def inside(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
+        ok = (query[0][q_idx] < entry(b, 0)) & (key[0][kv_idx] < entry(b, 0))
+        for a in range(1, rank):
+            ok = ok & (query[a][q_idx] < entry(b, a)) & (key[a][kv_idx] < entry(b, a))
+        return ok
+
+    return inside
+
+
+@lru_cache(maxsize=16)
+def _coordinates(order: Order, keys: bool, device: torch.device, multiple: int) -> list[Tensor]:
+    tables = Tables((order,), (), device, multiple)
+    before_all = np.iinfo(np.int32).min
+    rows = (order.coordinates(keys, a, before_all) for a in range(order.spec.rank))
+    return [tables.tensor(row.astype(np.int32)) for row in rows]
+
+
+def at_places(mod: Callable[..., Tensor], tables: Tables) -> Callable[..., Tensor]:
+    """A mod over row-major tokens (extra ones included) as one over the places of the order: the last two
+    arguments are indices. Padding counts as the token that it copies."""
+    if not tables.order.is_tiled:
+        return mod
+    query, key = (tables.tensor(tables.order.tokens(keys)[0].astype(np.int32)) for keys in (False, True))
+
+    def at_tokens(*arguments: Tensor) -> Tensor:
+        *rest, q_idx, kv_idx = arguments
+        return mod(*rest, query[q_idx], key[kv_idx])
+
+    return at_tokens
