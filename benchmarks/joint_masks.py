@@ -49,7 +49,7 @@ def measure(quick: bool) -> Iterator[Row]:
 def making(what: str, arguments: str, extra: str, runs: int) -> Iterator[Row]:
     """The mask with and without its text, in fresh processes; later calls in turn."""
     code = {first: BOTH.format(arguments=arguments, extra=extra, first=first) for first in ("plain", "joint")}
-    found = {first: [] for first in code}  # type: dict[str, list[list[float]]]
+    found: dict[str, list[list[float]]] = {first: [] for first in code}
     for _ in range(runs):
         for first, lines in code.items():
             found[first].append(fresh_process(lines))

@@ -119,10 +119,10 @@ def _better_order(record: MaskRecord) -> Iterator[str]:
     listed = flex.listed_blocks(MaskRecord((order_of(spec),), "table", (block, block)))
     tiled = touched_blocks(spec, tile, tile)
     if listed >= WORTH_A_WORD * tiled:
-        every = -((-spec.num_tokens // block) ** 2)
+        blocks = -(-spec.num_tokens // block)
         why = "dilation scatters the keys of a block; " if max(spec.dilation) > 1 else ""
         yield (
-            f"advice: row-major order touches {listed / every:.0%} of the blocks for "
+            f"advice: row-major order touches {listed / blocks**2:.0%} of the blocks for "
             f"{allowed_pairs(spec) / spec.num_tokens**2:.1%} of the pairs: {why}tile-major order touches "
             f"{tiled:,} blocks, not {listed:,}. Write block_mask(..., q_tile={tile}), permute(x, block_mask) "
             "and unpermute, or gnaflex.attention, which does so by itself"

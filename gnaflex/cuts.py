@@ -17,8 +17,11 @@ from torch import Tensor
 
 from gnaflex.blocks import Cut
 from gnaflex.order import Order
+from gnaflex.reorder import real_tensors
 from gnaflex.spec import GNAError
 from gnaflex.tables import MaskMod, Tables
+
+INTEGERS = (torch.int32, torch.int64, torch.int16, torch.int8, torch.uint8)
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,7 +43,9 @@ class Cuts:
     @property
     def batch(self) -> int:
         """The batch size the tensors ask for; 1 suits every batch."""
-        return max((len(x) for x in (self.text_valid, self.padding) if x is not None), default=1)
+        texts = 1 if self.text_valid is None else len(self.text_valid)
+        extents = 1 if self.padding is None else len(self.padding)
+        return max(texts, extents)
 
     def to(self, device: torch.device) -> Cuts:
         """The same with its tensors on a device; what ``where`` captures stays where it is."""
@@ -68,45 +73,67 @@ def checked(
         )
     rank = order.documents[0].spec.rank
     what = "one per run of extra tokens (prefix, suffix, extra_kv, those that are not empty)"
-    return Cuts(
+    made = Cuts(
         None if text_valid is None else _integers("text_valid", text_valid, runs, what, device),
         None if padding is None else _integers("padding", padding, rank, "one per axis", device),
         where,
     )
+    return check_batches(made)
+
+
+def check_batches(cuts: Cuts) -> Cuts:
+    """Refuse conditions for batches of different sizes."""
+    batches = [len(x) for x in (cuts.text_valid, cuts.padding) if x is not None]
+    if len(set(batches) - {1}) > 1:
+        raise GNAError(
+            f"text_valid and padding must be for one batch: got {batches[0]} and {batches[1]} entries.\n"
+            "  Give each a row per batch entry, or one row for all."
+        )
+    return cuts
 
 
 def _integers(name: str, given: Any, columns: int, what: str, device: torch.device) -> Tensor:
     """[batch, columns]: the tensor that was given, shared wherever its device allows, so that it may be
     changed in place."""
-    values = torch.as_tensor(given)
-    if values.dim() == 1 and columns == 1:
-        values = values[:, None]
-    if values.dim() != 2 or values.shape[1] != columns or values.is_floating_point():
-        raise GNAError(
-            f"{name} must be integers [batch, {columns}], {what}: got {tuple(values.shape)} {values.dtype}.\n"
-            f"  Write {name}=torch.tensor([[...]] * batch, dtype=torch.int32) with {columns} entries each."
-        )
-    return values.to(device)
+    with real_tensors():
+        values = torch.as_tensor(given)
+        counts = values.dtype in INTEGERS
+        if counts and not isinstance(given, Tensor):
+            values = values.to(torch.int32)  # the mask's own
+        if values.dim() == 1 and columns == 1:
+            values = values[:, None]
+        if counts and values.dim() == 2 and values.shape[1] == columns and len(values):
+            return values.to(device)
+    raise GNAError(
+        f"{name} must be integers [batch, {columns}], {what}: got {tuple(values.shape)} {values.dtype}.\n"
+        f"  Write {name}=torch.tensor([[...]] * batch, dtype=torch.int32) with {columns} entries each."
+    )
 
 
 def cut(mod: MaskMod, cuts: Cuts | None, tables: Tables) -> MaskMod:
     """``mod`` and every condition."""
-    visible = condition(cuts, tables)
-    if visible is None:
-        return mod
-    return lambda b, h, q_idx, kv_idx: mod(b, h, q_idx, kv_idx) & visible(b, h, q_idx, kv_idx)
-
-
-def condition(cuts: Cuts | None, tables: Tables) -> MaskMod | None:
-    """All conditions as a mask_mod over the places of the order; None if there are none."""
     if cuts is None:
-        return None
-    parts = [
-        None if cuts.text_valid is None else _valid_text(cuts.text_valid, tables.order),
-        None if cuts.padding is None else _inside(cuts.padding, tables),
-        None if cuts.where is None else at_places(cuts.where, tables),
-    ]
-    mods = [part for part in parts if part is not None]
+        return mod
+    mods = [mod, *(one for one in (lengths(cuts, tables), where(cuts, tables)) if one is not None)]
+    return _every(mods)
+
+
+def lengths(cuts: Cuts, tables: Tables) -> MaskMod | None:
+    """``text_valid`` and ``padding`` as a mask_mod over the places of the order, which broadcasts."""
+    mods = []
+    if cuts.text_valid is not None:
+        mods.append(_valid_text(cuts.text_valid, tables.order))
+    if cuts.padding is not None:
+        mods.append(_inside(cuts.padding, tables))
+    return _every(mods) if mods else None
+
+
+def where(cuts: Cuts, tables: Tables) -> MaskMod | None:
+    """The user's mask_mod over the places of the order."""
+    return None if cuts.where is None else at_places(cuts.where, tables)
+
+
+def _every(mods: list[MaskMod]) -> MaskMod:
     if len(mods) == 1:
         return mods[0]
 

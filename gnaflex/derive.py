@@ -175,7 +175,7 @@ def with_lengths(bm: BlockMask, *, text_valid: Any = None, padding: Any = None) 
         had.padding if new.padding is None else new.padding,
         had.where,
     )
-    return flex.recompiled(bm, record.with_cuts(kept))
+    return flex.recompiled(bm, record.with_cuts(cuts.check_batches(kept)))
 
 
 # ---- context parallelism -----------------------------------------------------------------------------

@@ -14,9 +14,10 @@ from torch.nn.attention.flex_attention import AuxOutput, AuxRequest, BlockMask
 from gnaflex import compiled, gather, reference
 from gnaflex.cuts import Cuts
 from gnaflex.flex import FULL_WIDTH_BYTES
-from gnaflex.mask import MaskRecord, ScoreMod, condition_of
+from gnaflex.mask import MaskRecord, ScoreMod, conditions_of
 from gnaflex.order import order_of
 from gnaflex.spec import GNA, GNAError
+from gnaflex.tables import MaskMod
 
 BACKENDS = ("cuda", "flex", "sdpa", "reference")
 AUTO = ("cuda", "flex", "sdpa")  # what "auto" tries, in this order
@@ -183,10 +184,14 @@ def _run_flex(call: Call) -> Any:
 def _run_sdpa(call: Call) -> Any:
     record = call.record
     orders = record.orders if record else (order_of(GNA(call.query.shape[-2], -1)),)
+    lengths, where = (None, None) if record is None else conditions_of(record, call.query.device)
     attend = functools.partial(
-        gather.attention, scale=call.scale, return_lse=call.aux is not None and call.aux.lse
+        gather.attention,
+        scale=call.scale,
+        visible=lengths,
+        return_lse=call.aux is not None and call.aux.lse,
     )
-    mod = _under_conditions(call)
+    mod = _under(where, call.score_mod)
     if record is None or not record.heads:
         tensors = call.query, call.key, call.value
         out = attend(*tensors, orders[0], enable_gqa=call.enable_gqa, score_mod=mod)
@@ -197,16 +202,14 @@ def _run_sdpa(call: Call) -> Any:
     return out[0], AuxOutput(lse=out[1])
 
 
-def _under_conditions(call: Call) -> ScoreMod | None:
-    """The score_mod of a call, -inf where the conditions beside the windows forbid the pair."""
-    visible = None if call.record is None else condition_of(call.record, call.query.device)
-    mod = call.score_mod
-    if visible is None:
+def _under(where: MaskMod | None, mod: ScoreMod | None) -> ScoreMod | None:
+    """A score_mod that is -inf where the user's mask_mod forbids the pair."""
+    if where is None:
         return mod
 
     def visible_score_mod(score: Tensor, b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
         out = score if mod is None else mod(score, b, h, q_idx, kv_idx)
-        return torch.where(visible(b, h, q_idx, kv_idx), out, -float("inf"))
+        return torch.where(where(b, h, q_idx, kv_idx), out, -float("inf"))
 
     return visible_score_mod
 

@@ -146,6 +146,8 @@ def attention(
     order = (
         problem.row_major if score_mod is not None or backend in ("sdpa", "reference") else problem.cheapest
     )
+    if score_mod is not None:
+        _check_score_mod(score_mod, problem.row_major.order)
     aux = AuxRequest(lse=True) if return_lse else None
     inputs = (query, key, value)
     q, k, v = order.heads_first(*inputs, *extra)
@@ -226,6 +228,13 @@ def _extra(
     given = [None if x is None else tuple(x.shape) for x in (extra_keys, extra_values)]
     count = next((shape[1] for shape in given if shape and len(shape) == 4), 0)
     fits = [(key.shape[0], count, *x.shape[-2:]) for x in (key, value)]
+    dtypes = {x.dtype for x in (key, value, extra_keys, extra_values) if x is not None}
+    if extra_keys is not None and extra_values is not None and len(dtypes) > 1:
+        raise GNAError(
+            "extra_keys and extra_values must have the dtype of key and value: got "
+            f"{sorted(map(str, dtypes))}.\n"
+            "  Write extra_keys.to(key.dtype), extra_values.to(value.dtype)."
+        )
     if extra_keys is None or extra_values is None or given != fits:
         raise GNAError(
             "extra_keys and extra_values come together, [batch, extra, heads of the key, head_dim]: got "
@@ -274,8 +283,13 @@ def _check_record(call: Call) -> None:
             f"text_valid and padding are for a batch of {record.cuts.batch}, the query has {batch}.\n"
             "  Write gnaflex.with_lengths(block_mask, ...) with a row per batch entry."
         )
-    orders = getattr(call.score_mod, "gnaflex_order", None)
-    if orders is not None and orders[0].geometry != record.order.geometry:
+    _check_score_mod(call.score_mod, record.order)
+
+
+def _check_score_mod(score_mod: ScoreMod | None, order: Order) -> None:
+    """A score_mod of ours knows the tokens it was made for."""
+    made_for = getattr(score_mod, "gnaflex_order", None)
+    if made_for is not None and made_for[0].geometry != order.geometry:
         raise GNAError(
             "score_mod and block_mask count tokens in different orders.\n"
             "  Make the score_mod for the mask: relative_bias(block_mask, table), or "

@@ -27,6 +27,7 @@ from gnaflex.mask import ScoreMod
 from gnaflex.order import Document, Order
 from gnaflex.reorder import real_tensors
 from gnaflex.spec import GNAError
+from gnaflex.tables import MaskMod
 from gnaflex.tiles import Tile
 from gnaflex.window import IntArray
 
@@ -280,21 +281,24 @@ def attention(
     scale: float | None = None,
     enable_gqa: bool = False,
     score_mod: ScoreMod | None = None,
+    visible: MaskMod | None = None,
     return_lse: bool = False,
     memory_bytes: int = 256 * 2**20,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Attention of query [B, Hq, Tq, D] to key [B, Hkv, Tk, D] and value [B, Hkv, Tk, Dv], the tokens being
-    the query and key places of ``order``, which are also what ``score_mod`` gets. A padded query sees what
-    the last real one of its group or text sees; padded keys are never seen. Gathered boxes, masks and scores
-    take about ``memory_bytes`` at a time, but at least what one tile and key head need; training recomputes
-    them in the backward pass if all together exceed half of it.
+    the query and key places of ``order``, which are also what ``score_mod`` gets, and ``visible``, a mask_mod
+    that broadcasts and hides further pairs. A padded query sees what the last real one of its group or text
+    sees; padded keys are never seen. Gathered boxes, masks and scores take about ``memory_bytes`` at a time,
+    but at least what one tile and key head need; training recomputes them in the backward pass if all
+    together exceed half of it.
 
     Returns:
         [B, Hq, Tq, Dv] in the dtype of ``query``; with ``return_lse`` also the natural log-sum-exp
         [B, Hq, Tq], float64 if the inputs are, else float32. A row that ``score_mod`` sends to -inf gives
         zeros and -inf.
     """
-    heads, kv_heads, explicit = query.shape[1], key.shape[1], return_lse or score_mod is not None
+    heads, kv_heads = query.shape[1], key.shape[1]
+    explicit = return_lse or score_mod is not None or visible is not None
     if heads != kv_heads and not (enable_gqa and heads % kv_heads == 0):
         rule = f"query heads must be those of the key, or a multiple: got {heads}, {kv_heads}, {enable_gqa=}"
         raise GNAError(f"{rule}.\n  query is {tuple(query.shape)}, key {tuple(key.shape)}.")
@@ -304,7 +308,7 @@ def attention(
     load = _load(k, v, group, explicit, room)
     tables = _tables(order, tuple(_cut(one, load) for one in dict.fromkeys(order.documents)), q.device)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
-    call = _Call(tables, load, trains, scale, score_mod, explicit, (kv_heads, group), {})
+    call = _Call(tables, load, trains, scale, score_mod, visible, explicit, (kv_heads, group), {})
     out, *lse = (x.reshape(*query.shape[:3], *x.shape[2:]) for x in call(q, k, v))
     return (out, lse[0]) if return_lse else out
 
@@ -315,6 +319,7 @@ class _Call(NamedTuple):
     trains: bool
     scale: float
     score_mod: ScoreMod | None
+    visible: MaskMod | None
     explicit: bool
     heads: tuple[int, int]  # of the key, and of the query per head of the key
     mask: dict[_Kind, Tensor | None]  # the latest
@@ -369,6 +374,8 @@ class _Call(NamedTuple):
             scores = (q.to(wide) * self.scale) @ k.to(wide).mT
             if self.score_mod is not None and scores.numel():
                 scores = self._modified(scores, self.score_mod, at)
+            if self.visible is not None:
+                self._grid(scores).masked_fill_(~self._seen(self.visible, at), -torch.inf)
             if mask is not None:
                 scores.masked_fill_(mask < 0, -torch.inf)  # in place wherever autograd keeps nothing
             top = scores.detach().amax(-1, keepdim=True)
@@ -380,12 +387,25 @@ class _Call(NamedTuple):
         """``mod`` of scores [key heads, tiles, group * rows, keys], with the places of both."""
         from torch._dynamo._trace_wrapped_higher_order_op import TransformGetItemToIndex  # loads sympy
 
-        (kv_heads, group), (heads, queries, keys) = self.heads, at
-        grid = scores.view(len(heads), len(keys), group, -1, keys.shape[1])
-        h = heads[:, None] % kv_heads * group + torch.arange(group, device=heads.device)
+        (heads, h), (_, queries, keys) = self._heads(at), at
         # What varies along keys, rows, group, tiles, key heads of all batches: the innermost map comes first.
         for varies in ("k", "q", "h", "qk", "bh"):
             mod = torch.vmap(mod, in_dims=(0, *(0 if index in varies else None for index in "bhqk")))
         with TransformGetItemToIndex():  # as FlexAttention: bias[h] under vmap, in torch 2.9 too
-            out = mod(grid, heads // kv_heads, h, queries, keys)
+            out = mod(self._grid(scores), heads, h, queries, keys)
         return out.to(scores.dtype).reshape(scores.shape).clone()  # not what mod keeps for its gradient
+
+    def _seen(self, visible: MaskMod, at: Tensors) -> Tensor:
+        """``visible`` of the same pairs, as it broadcasts."""
+        (batch, h), (_, queries, keys) = self._heads(at), at
+        b, q_idx = batch[:, None, None, None, None], queries[:, None, :, None]
+        return visible(b, h[:, None, :, None, None], q_idx, keys[:, None, None, :])
+
+    def _grid(self, scores: Tensor) -> Tensor:
+        """[key heads, tiles, group * rows, keys] with the rows apart from the group, a view."""
+        return scores.view(*scores.shape[:2], self.heads[1], -1, scores.shape[-1])
+
+    def _heads(self, at: Tensors) -> Tensors:
+        """The batch entry of every key head, and the query heads of its group."""
+        (kv_heads, group), heads = self.heads, at[0]
+        return heads // kv_heads, heads[:, None] % kv_heads * group + torch.arange(group, device=heads.device)

@@ -15,7 +15,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from gnaflex.cuts import Cuts, condition, cut
+from gnaflex.cuts import Cuts, cut, lengths, where
 from gnaflex.forms import FORMS, reason_against
 from gnaflex.layout import Layout, Slab
 from gnaflex.order import Document, Order, order_of
@@ -166,7 +166,11 @@ def _document(fields: tuple[Any, ...]) -> Document:
 
 
 @lru_cache(maxsize=16)
-def condition_of(record: MaskRecord, device: torch.device) -> MaskMod | None:
-    """What a record cuts away beside its windows and extra tokens, as a mask_mod; None if nothing."""
+def conditions_of(record: MaskRecord, device: torch.device) -> tuple[MaskMod | None, MaskMod | None]:
+    """What a record cuts away beside its windows and extra tokens, as mask_mods over the places of its order:
+    by lengths, which broadcasts, and by the user's ``where``."""
+    if record.cuts is None:
+        return None, None
+    tables = Tables(record.orders, record.heads, device, PADDED_TO)
     with real_tensors():
-        return condition(record.cuts, Tables(record.orders, record.heads, device, PADDED_TO))
+        return lengths(record.cuts, tables), where(record.cuts, tables)

@@ -99,7 +99,13 @@ def _recomputed(run: Any, inputs: Sequence[Tensor], grads: Sequence[Tensor], lse
         leaves = [x.detach().requires_grad_() for x in inputs]
         out = run(*leaves)
         outputs = list(out) if lse else [out]
-        return [x.contiguous() for x in torch.autograd.grad(outputs, leaves, list(grads)[: len(outputs)])]
+        found = torch.autograd.grad(outputs, leaves, list(grads)[: len(outputs)])
+        return [_own(x.contiguous()) for x in found]
+
+
+def _own(x: Tensor) -> Tensor:
+    """A tensor that shares no memory: the gradients of joined keys are parts of one."""
+    return x if x.untyped_storage().nbytes() == x.nbytes else x.clone()
 
 
 @torch.library.custom_op("gnaflex::attend", mutates_args=())

@@ -260,7 +260,7 @@ def test_packed_documents_do_not_see_one_another(seed):
         documents.append(Document(Layout(spec, *tiles), *(random_extras(rng) if extras else ())))
         documents += [rng.choice(documents)] * rng.choice([0, 0, 1, 2])
     order = Order(tuple(documents))
-    mod, memory_bytes = rng.choice([None, by_everything]), rng.choice([50_000, 2**28])
+    mod, memory_bytes = rng.choice([None, by_everything]), rng.choice([500_000, 2**28])
     check(order, tensors(order, rng.choice([1, 2]), 4, 2), mod, memory_bytes)
 
 

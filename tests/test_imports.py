@@ -27,7 +27,7 @@ LAW = {
     "tables": {"window", "order"},
     "packed": {"window", "layout", "order", "tables"},
     "forms": {"spec", "window", "layout", "order", "tables", "packed"},
-    "cuts": {"spec", "order", "blocks", "tables"},
+    "cuts": {"spec", "order", "reorder", "blocks", "tables"},
     "mask": {"spec", "layout", "order", "reorder", "tables", "forms", "cuts"},
     "flex": {
         *("spec", "blocks", "row_blocks", "tile_blocks", "layout", "order"),
@@ -37,9 +37,9 @@ LAW = {
     "bias": {"spec", "window", "layout", "order", "reorder", "tables", "mask", "flex"},
     "advice": {"spec", "tiles", "layout", "order", "blocks", "mask", "flex"},
     "reference": {"spec"},
-    "gather": {"spec", "window", "tiles", "layout", "order", "reorder", "mask"},
+    "gather": {"spec", "window", "tiles", "layout", "order", "reorder", "tables", "mask"},
     "compiled": set(),
-    "dispatch": {"spec", "order", "cuts", "mask", "flex", "compiled", "gather", "reference"},
+    "dispatch": {"spec", "order", "tables", "cuts", "mask", "flex", "compiled", "gather", "reference"},
     "operators": {"spec", "cuts", "mask", "flex"},
     "door": {"spec", "layout", "order", "reorder", "mask", "flex", "advice", "dispatch"},
 }
