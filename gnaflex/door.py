@@ -13,6 +13,7 @@ from torch.nn.attention.flex_attention import flex_attention as _torch_flex_atte
 
 from gnaflex import flex
 from gnaflex.advice import cheapest_layout, notes
+from gnaflex.checks import autocast, check_call, check_heads, check_score_mod, extra_pair
 from gnaflex.dispatch import AUTO, BACKENDS, RUN, Call, Explanation, choose, known, reasons_against
 from gnaflex.layout import Layout
 from gnaflex.mask import MaskRecord, ScoreMod, choose_form
@@ -68,10 +69,10 @@ def flex_attention(
     if return_lse and return_aux is not None:
         raise GNAError("return_lse and return_aux exclude each other. Write return_aux=AuxRequest(lse=True).")
     aux = AuxRequest(lse=True) if return_lse else return_aux
-    query, key, value = _autocast(query, key, value)
+    query, key, value = autocast(query, key, value)
     record = None if block_mask is None else flex.record_of(block_mask)
     call = Call(query, key, value, score_mod, block_mask, record, scale, enable_gqa, kernel_options, aux)
-    _check(call)
+    check_call(call)
     if torch.compiler.is_dynamo_compiling():
         out = _while_compiling(call, backend)
     else:
@@ -128,7 +129,7 @@ def attention(
             query, key, value, extra_keys, extra_values, (window, stride, dilation, is_causal),
             scale, score_mod, backend, return_lse,
         )  # fmt: skip
-    query, key, value, *extra = _autocast(query, key, value, *_extra(key, value, extra_keys, extra_values))
+    query, key, value, *extra = autocast(query, key, value, *extra_pair(key, value, extra_keys, extra_values))
     shape = query.shape
     if len(shape) < 4 or key.shape[:-2] != shape[:-2] or value.shape[:-1] != key.shape[:-1]:
         raise GNAError(
@@ -136,7 +137,7 @@ def attention(
             f"{tuple(shape)}, {tuple(key.shape)}, {tuple(value.shape)}.\n"
             "  The layout is [batch, *shape, heads, head_dim]."
         )
-    _check_heads(query, key, -2)
+    check_heads(query, key, -2)
     known(backend)
     count = extra[0].shape[1] if extra else 0
     try:
@@ -147,7 +148,7 @@ def attention(
         problem.row_major if score_mod is not None or backend in ("sdpa", "reference") else problem.cheapest
     )
     if score_mod is not None:
-        _check_score_mod(score_mod, problem.row_major.order)
+        check_score_mod(score_mod, problem.row_major.order)
     aux = AuxRequest(lse=True) if return_lse else None
     inputs = (query, key, value)
     q, k, v = order.heads_first(*inputs, *extra)
@@ -219,117 +220,6 @@ def _problem(
     return _Problem(extra_kv, GNA(shape, window, stride, dilation, is_causal))
 
 
-def _extra(
-    key: Tensor, value: Tensor, extra_keys: Tensor | None, extra_values: Tensor | None
-) -> tuple[Tensor, ...]:
-    """The extra keys and values, checked; nothing if there are none."""
-    if extra_keys is None and extra_values is None:
-        return ()
-    given = [None if x is None else tuple(x.shape) for x in (extra_keys, extra_values)]
-    count = next((shape[1] for shape in given if shape and len(shape) == 4), 0)
-    fits = [(key.shape[0], count, *x.shape[-2:]) for x in (key, value)]
-    dtypes = {x.dtype for x in (key, value, extra_keys, extra_values) if x is not None}
-    if extra_keys is not None and extra_values is not None and len(dtypes) > 1:
-        raise GNAError(
-            "extra_keys and extra_values must have the dtype of key and value: got "
-            f"{sorted(map(str, dtypes))}.\n"
-            "  Write extra_keys.to(key.dtype), extra_values.to(value.dtype)."
-        )
-    if extra_keys is None or extra_values is None or given != fits:
-        raise GNAError(
-            "extra_keys and extra_values come together, [batch, extra, heads of the key, head_dim]: got "
-            f"{given[0]} and {given[1]}, key is {tuple(key.shape)}.\n"
-            f"  Give tensors of shapes {fits[0]} and {fits[1]}."
-        )
-    return extra_keys, extra_values
-
-
-def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """What autocast does to SDPA: floating tensors but float64 to the autocast dtype."""
-    kind = tensors[0].device.type
-    if kind == "meta" or not torch.is_autocast_enabled(kind):
-        return tensors
-    dtype = torch.get_autocast_dtype(kind)
-    return tuple(x.to(dtype) if x.is_floating_point() and x.dtype != torch.float64 else x for x in tensors)
-
-
-def _check_heads(query: Tensor, key: Tensor, heads_dim: int) -> None:
-    """What torch would report from inside its compiler."""
-    heads, kv_heads = query.shape[heads_dim], key.shape[heads_dim]
-    if heads % max(kv_heads, 1):
-        raise GNAError(
-            f"query heads must be a multiple of key heads: got {heads} and {kv_heads}.\n"
-            f"  Give the key and the value {heads} heads, or a divisor of it."
-        )
-    if query.shape[-1] != key.shape[-1]:
-        raise GNAError(
-            f"query and key must share head_dim: got {query.shape[-1]} and {key.shape[-1]}.\n"
-            "  Only the value may have a head_dim of its own."
-        )
-
-
-def _check_record(call: Call) -> None:
-    """What only a mask of ours can tell."""
-    record = call.record
-    assert record is not None
-    batch, heads = call.query.shape[:2]
-    if record.heads and len(record.heads) != heads:
-        raise GNAError(
-            f"the mask has windows for {len(record.heads)} query heads, the query has {heads}.\n"
-            f"  Give block_mask one spec per query head, {heads} of them."
-        )
-    if record.cuts is not None and record.cuts.batch not in (1, batch):
-        raise GNAError(
-            f"text_valid and padding are for a batch of {record.cuts.batch}, the query has {batch}.\n"
-            "  Write gnaflex.with_lengths(block_mask, ...) with a row per batch entry."
-        )
-    _check_score_mod(call.score_mod, record.order)
-
-
-def _check_score_mod(score_mod: ScoreMod | None, order: Order) -> None:
-    """A score_mod of ours knows the tokens it was made for."""
-    made_for = getattr(score_mod, "gnaflex_order", None)
-    if made_for is not None and made_for[0].geometry != order.geometry:
-        raise GNAError(
-            "score_mod and block_mask count tokens in different orders.\n"
-            "  Make the score_mod for the mask: relative_bias(block_mask, table), or "
-            "coordinate_score_mod(block_mask, fn)."
-        )
-
-
-def _check(call: Call) -> None:
-    query, key, value = call.query, call.key, call.value
-    if query.dim() != 4 or key.dim() != 4 or value.dim() != 4:
-        raise GNAError(
-            "flex_attention takes [batch, heads, tokens, head_dim]: got "
-            f"{tuple(query.shape)}, {tuple(key.shape)}, {tuple(value.shape)}.\n"
-            "  For heads-last grids write gnaflex.attention(q, k, v, window)."
-        )
-    _check_heads(query, key, 1)
-    if call.block_mask is None:
-        return
-    device = call.block_mask.kv_num_blocks.device
-    if device != query.device:
-        raise GNAError(
-            f"mask and tensors must be on one device: the mask is on {device}, the query on {query.device}.\n"
-            f'  Write block_mask.to("{query.device}").'
-        )
-    rows, columns = call.block_mask.seq_lengths
-    if (query.shape[-2], key.shape[-2]) != (rows, columns):
-        order = call.record and call.record.order.is_tiled
-        hint = (
-            "Bring them into the mask's order: gnaflex.permute(x, block_mask)."
-            if order
-            else "Build one for them."
-        )
-        raise GNAError(
-            f"the mask is for {rows} queries and {columns} keys, the tensors have {query.shape[-2]} and "
-            f"{key.shape[-2]}.\n  {hint}"
-        )
-    if call.record is not None:
-        _check_record(call)
-
-
 def explain(
     query: Tensor,
     key: Tensor,
@@ -357,12 +247,12 @@ Blackwell family, the query is on cpu
           reference: runs, but comes later
         mask: GNA(shape=(8, 8), window=(4, 4)), row-major; of 1 blocks of 128 x 128 0 are full, 1 partial
     """
-    query, key, value = _autocast(query, key, value)
+    query, key, value = autocast(query, key, value)
     record = None if block_mask is None else flex.record_of(block_mask)
     aux = AuxRequest(lse=True) if return_lse else None
     gqa = query.shape[1] != key.shape[1]
     call = Call(query, key, value, score_mod, block_mask, record, None, gqa, None, aux)
-    _check(call)
+    check_call(call)
     reasons = reasons_against(call, BACKENDS)
     said = () if record is None or block_mask is None else notes(record)
     return Explanation(next((name for name in AUTO if not reasons[name]), None), reasons, said)
@@ -422,7 +312,7 @@ def _attention_while_compiling(
         )
     from gnaflex import operators
 
-    query, key, value, *extra = _autocast(query, key, value, *_extra(key, value, extra_keys, extra_values))
+    query, key, value, *extra = autocast(query, key, value, *extra_pair(key, value, extra_keys, extra_values))
     more: list[Any] = extra or [None, None]
     rank = query.dim() - 3
     fields = [operators.per_axis(value, rank) for value in problem]

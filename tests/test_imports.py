@@ -37,11 +37,13 @@ LAW = {
     "bias": {"spec", "window", "layout", "order", "reorder", "tables", "mask", "flex"},
     "advice": {"spec", "tiles", "layout", "order", "blocks", "mask", "flex"},
     "reference": {"spec"},
-    "gather": {"spec", "window", "tiles", "layout", "order", "reorder", "tables", "mask"},
+    "gather_tiles": {"window", "tiles", "layout", "order", "reorder"},
+    "gather": {"spec", "order", "tables", "mask", "gather_tiles"},
     "compiled": set(),
     "dispatch": {"spec", "order", "tables", "cuts", "mask", "flex", "compiled", "gather", "reference"},
     "operators": {"spec", "cuts", "mask", "flex"},
-    "door": {"spec", "layout", "order", "reorder", "mask", "flex", "advice", "dispatch"},
+    "checks": {"spec", "order", "mask", "dispatch"},
+    "door": {"spec", "layout", "order", "reorder", "mask", "flex", "advice", "dispatch", "checks"},
 }
 NO_TORCH = {"spec", "window", "tiles", "layout", "order", "blocks", "row_blocks", "tile_blocks"}
 
