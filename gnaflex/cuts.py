@@ -103,11 +103,20 @@ def _integers(name: str, given: Any, columns: int, what: str, device: torch.devi
         if values.dim() == 1 and columns == 1:
             values = values[:, None]
         if counts and values.dim() == 2 and values.shape[1] == columns and len(values):
-            return values.to(device)
+            return _contiguous(name, values).to(device)
     raise GNAError(
         f"{name} must be integers [batch, {columns}], {what}: got {tuple(values.shape)} {values.dtype}.\n"
         f"  Write {name}=torch.tensor([[...]] * batch, dtype=torch.int32) with {columns} entries each."
     )
+
+
+def _contiguous(name: str, values: Tensor) -> Tensor:
+    if not values.is_contiguous():
+        raise GNAError(
+            f"{name} must be contiguous, as it is captured itself: got strides {values.stride()} for shape "
+            f"{tuple(values.shape)}.\n  Write {name}={name}.contiguous()."
+        )
+    return values
 
 
 def cut(mod: MaskMod, cuts: Cuts | None, tables: Tables) -> MaskMod:
@@ -148,9 +157,9 @@ def _every(mods: list[MaskMod]) -> MaskMod:
 
 def _entry(values: Tensor) -> Callable[[Tensor, int], Tensor]:
     """``entry(b, column)`` of [batch, columns]; one row serves every batch."""
-    if len(values) == 1:
-        return lambda b, column: values[b * 0, column]
-    return lambda b, column: values[b, column]
+    # one flat index: torch 2.9 takes values[b, 0] under vmap for a read of b on the host
+    flat, columns, one_row = values.view(-1), values.shape[1], len(values) == 1
+    return lambda b, column: flat[b * (0 if one_row else columns) + column]
 
 
 def _valid_text(lengths: Tensor, order: Order) -> MaskMod:

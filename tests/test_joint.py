@@ -749,6 +749,7 @@ def test_one_graph_for_ten_windows_prompts_and_biases(tile):
         ({"prefix": 4, "text_valid": 3}, r"integers \[batch, 1\].*got \(\)"),
         ({"padding": [[4]]}, r"padding must be integers \[batch, 2\], one per axis: got \(1, 1\)"),
         ({"padding": [4, 4]}, r"padding must be integers \[batch, 2\]"),
+        ({"padding": torch.ones(2, 3, dtype=torch.int32).T}, r"padding must be contiguous.*\(1, 3\)"),
     ],
 )
 def test_bad_arguments(kwargs, message):
