@@ -57,7 +57,7 @@ def mask_cost(rounds: int) -> Iterator[Row]:
         bm = gnaflex.block_mask((16, 32, 32), (9, 13, 13), q_tile=tile, device="cpu")
         floor = all_full(bm)
         q, k, v = tensors(bm.seq_lengths[0])
-        calls = {name: call_of(q, k, v, mask) for name, mask in (("masked", bm), ("floor", floor))}
+        calls = {name: _call(q, k, v, mask) for name, mask in (("masked", bm), ("floor", floor))}
         times = interleaved(calls, rounds)
         what = f"16x32x32 window 9x13x13 fp32, {order}: over the same lists all full"
         yield row(
@@ -79,8 +79,8 @@ def sparsity(rounds: int) -> Iterator[Row]:
         dense = all_full(gnaflex.block_mask(shape, shape, q_tile=(8, 16), device="cpu"))
         q, k, v = tensors(bm.seq_lengths[0])
         calls: dict[str, Any] = {
-            "sparse": call_of(q, k, v, bm),
-            "all full": call_of(q, k, v, dense),
+            "sparse": _call(q, k, v, bm),
+            "all full": _call(q, k, v, dense),
             "SDPA": lambda q=q, k=k, v=v: scaled_dot_product_attention(q, k, v),
         }
         times = interleaved(calls, max(3, rounds // 2))
@@ -90,7 +90,7 @@ def sparsity(rounds: int) -> Iterator[Row]:
             yield row(what, fraction, "", must, aim)
 
 
-def call_of(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bm: BlockMask) -> Any:
+def _call(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bm: BlockMask) -> Any:
     return lambda: compiled(q, k, v, block_mask=bm)
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 
 import torch
 from torch._dynamo.utils import counters
 
 import gnaflex
-from benchmarks.cpu_attention import all_full, call_of, tensors
+from benchmarks.cpu_attention import all_full, tensors
 from benchmarks.measure import Row, fresh_process, interleaved, ratios, row
 
 HUNYUAN = "(30, 48, 80), (18, 24, 24)"
@@ -38,7 +39,7 @@ print(first, plain_ms, joint_ms, sorted(b / a for a, b in times)[7])
 
 def measure(quick: bool) -> Iterator[Row]:
     """Rows in order; ``quick`` takes fewer runs."""
-    runs = 2 if quick else 9
+    runs = 2 if quick else 5
     for what, arguments, extra in CASES:
         yield from making(what, arguments, extra, runs)
     with torch.no_grad():
@@ -67,7 +68,10 @@ def mask_cost(rounds: int) -> Iterator[Row]:
         for extra in ({}, {"suffix": 256}, {"suffix": 256, "text_valid": [200]}):
             bm = gnaflex.block_mask((16, 32, 32), (9, 13, 13), q_tile=tile, device="cpu", **extra)
             q, k, v = tensors(bm.seq_lengths[0])
-            calls = {"masked": call_of(q, k, v, bm), "floor": call_of(q, k, v, all_full(bm))}
+            calls = {
+                name: functools.partial(gnaflex.flex_attention, q, k, v, block_mask=mask, backend="flex")
+                for name, mask in (("masked", bm), ("floor", all_full(bm)))
+            }
             name = ", ".join(extra) or "no text"
             times = interleaved(calls, rounds)
             yield row(

@@ -7,6 +7,7 @@ N x N scores, after eight recompilations.
 
 from __future__ import annotations
 
+import itertools
 import threading
 import types
 import weakref
@@ -40,7 +41,7 @@ def flex_attention(
     """torch's ``flex_attention`` through a cached compiled graph; returns what torch's does."""
     structure = (
         *map(_tensor_structure, (query, key, value)),
-        structure_of(score_mod),
+        None if score_mod is None else _structure_number(score_mod),
         _mask_structure(block_mask),
         scale,
         enable_gqa,
@@ -77,11 +78,25 @@ def _mask_structure(bm: BlockMask | None) -> Hashable:
         None if bm.full_q_indices is None else bm.full_q_indices.shape,
         bm.BLOCK_SIZE,
         bm.seq_lengths,
-        structure_of(bm.mask_mod),
+        _structure_number(bm.mask_mod),
     )
 
 
-_structures: weakref.WeakKeyDictionary[Any, Hashable] = weakref.WeakKeyDictionary()
+_counter = itertools.count()
+_number_of: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
+
+
+@lru_cache(maxsize=1024)
+def _number(structure: Hashable) -> int:
+    return next(_counter)
+
+
+def _structure_number(mod: Any) -> int:
+    """A number for :func:`structure_of`, which takes microseconds to hash."""
+    number = _number_of.get(mod)
+    if number is None:
+        number = _number_of[mod] = _number(structure_of(mod))
+    return number
 
 
 def structure_of(mod: Any) -> Hashable:
@@ -90,10 +105,7 @@ def structure_of(mod: Any) -> Hashable:
     if not isinstance(mod, types.FunctionType):
         key: Hashable = mod
         return key
-    if mod not in _structures:
-        cells = tuple(_cell_structure(cell.cell_contents) for cell in mod.__closure__ or ())
-        _structures[mod] = (mod.__code__, cells)
-    return _structures[mod]
+    return mod.__code__, tuple(_cell_structure(cell.cell_contents) for cell in mod.__closure__ or ())
 
 
 def _cell_structure(value: Any) -> Hashable:

@@ -42,7 +42,8 @@ class Call(NamedTuple):
         """Whether some input, or a tensor that the score_mod captures, asks for gradients."""
         if self.query.requires_grad or self.key.requires_grad or self.value.requires_grad:
             return True
-        return any(x.requires_grad for x in compiled.captured_tensors(self.score_mod))
+        mod = self.score_mod
+        return mod is not None and any(x.requires_grad for x in compiled.captured_tensors(mod))
 
 
 def known(backend: str) -> None:

@@ -126,7 +126,7 @@ class Order:
         (document,) = self.documents
         return document.spec
 
-    @property
+    @cached_property
     def is_tiled(self) -> bool:
         """Whether the order is tile-major."""
         return self.documents[0].is_tiled

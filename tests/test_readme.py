@@ -12,6 +12,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
+CALLS, ORDERS = ("first call", "later calls"), ("row-major", "tile-major")
 
 
 def code(language: str) -> list[str]:
@@ -48,6 +49,22 @@ def test_figures_stand_in_a_results_file():
         said = re.search(rf"([\d.]+) \({order}\)", README).group(1)
         name = f"16x32x32 window 9x13x13 fp32, {order}: over the same lists all full"
         assert float(said) == pytest.approx(rows[name], abs=0.02)
+
+
+def test_figures_of_joint_masks_stand_in_a_results_file():
+    (path,) = (ROOT / "benchmarks" / "results").glob("*/joint_masks.json")
+    rows = {row["what"]: row["median"] for row in json.loads(path.read_text())["rows"]}
+    table = re.findall(r"^\| (.*), `(.*)` \| (.*), (.*) ms \| (.*), (.*) ms \|$", README, re.MULTILINE)
+    assert len(table) == 6
+    for what, extra, *figures in table:
+        names = [f"{what}, {text}: {call}" for call in CALLS for text in ("without text", extra)]
+        assert [float(one) for one in figures] == pytest.approx([rows[name] for name in names], abs=0.06)
+    said = re.search(r"takes ([\d.]+) \(row-major\) and ([\d.]+) \(tile-major\) times the same lists", README)
+    names = [
+        f"16x32x32 window 9x13x13 fp32, {order}, suffix: over the same lists all full" for order in ORDERS
+    ]
+    assert [float(one) for one in said.groups()] == pytest.approx([rows[name] for name in names], abs=0.01)
+    assert rows["graphs over ten windows, prompts and biases of one grid"] == 1
 
 
 def test_every_public_name_has_its_line():
