@@ -120,14 +120,31 @@ def _cell_structure(value: Any) -> Hashable:
 
 
 def captured_tensors(mod: Any) -> Iterator[Tensor]:
-    """The tensors that a mod closes over, down the functions it closes over."""
-    for cell in getattr(mod, "__closure__", None) or ():
-        content = cell.cell_contents
-        for value in content if isinstance(content, (list, tuple)) else (content,):
-            if isinstance(value, Tensor):
-                yield value
-            elif isinstance(value, types.FunctionType):
-                yield from captured_tensors(value)
+    """The tensors that a mod reads beside its arguments: those it closes over or names among its globals,
+    down the functions and modules that it reaches that way."""
+    yield from _tensors_in(mod, set())
+
+
+def _tensors_in(value: Any, seen: set[int]) -> Iterator[Tensor]:
+    if id(value) in seen:
+        return
+    seen.add(id(value))
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, torch.nn.Module):
+        yield from value.parameters()
+    elif isinstance(value, (list, tuple)):
+        for one in value:
+            yield from _tensors_in(one, seen)
+    elif isinstance(value, types.MethodType):
+        yield from _tensors_in((value.__self__, value.__func__), seen)
+    elif isinstance(value, types.FunctionType):
+        for cell in value.__closure__ or ():
+            yield from _tensors_in(cell.cell_contents, seen)
+        for name in value.__code__.co_names:
+            one = value.__globals__.get(name)
+            if not isinstance(one, types.FunctionType) or one.__module__ == value.__module__:
+                yield from _tensors_in(one, seen)  # functions of libraries capture nothing of the user's
 
 
 def _new_graph() -> Callable[..., Any]:

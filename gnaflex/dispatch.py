@@ -91,7 +91,7 @@ def _cuda_reasons(call: Call) -> Iterator[str]:
 def _flex_reasons(call: Call) -> Iterator[str]:
     kind = call.query.device.type
     if kind in ("cpu", "mps"):
-        if call.needs_grad and torch.is_grad_enabled():
+        if torch.is_grad_enabled() and call.needs_grad:
             yield f"FlexAttention has no backward on {kind}"
         if call.aux is not None:
             yield f"FlexAttention returns no log-sum-exp on {kind} when compiled"

@@ -210,6 +210,42 @@ def test_explain_golden():
     ]
 
 
+TABLE = torch.nn.Parameter(torch.zeros(2, 9))
+
+
+def reads_a_global(score, b, h, q, k):
+    return score + TABLE[h, (q - k).clamp(-4, 4) + 4]
+
+
+class Bias(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.table = torch.nn.Parameter(torch.zeros(2, 9))
+
+    def forward(self, score, b, h, q, k):
+        return score + self.table[h, (q - k).clamp(-4, 4) + 4]
+
+
+def test_score_mods_that_train_are_never_run_without_gradients():
+    """However the mod reaches its parameters: FlexAttention on a CPU would drop their gradients."""
+    bm = gnaflex.block_mask(16, 5, device="cpu")
+    q, k, v = torch.randn(3, 1, 2, 16, 8)
+    module = Bias()
+    mods = [reads_a_global, module, module.forward, lambda *x: module(*x), lambda *x: reads_a_global(*x)]
+    mods.append(gnaflex.relative_bias(bm, TABLE))
+    for mod in mods:
+        assert gnaflex.explain(q, k, v, bm, score_mod=mod).reasons["flex"] == [
+            "FlexAttention has no backward on cpu"
+        ]
+        with pytest.raises(NotImplementedError, match="no backward"):
+            gnaflex.flex_attention(q, k, v, score_mod=mod, block_mask=bm, backend="flex")
+        with torch.no_grad():
+            assert gnaflex.explain(q, k, v, bm, score_mod=mod).backend == "flex"
+    out = gnaflex.flex_attention(q, k, v, score_mod=mods[-1], block_mask=bm)
+    (grad,) = torch.autograd.grad(out.square().sum(), TABLE)
+    assert grad.abs().sum() > 0
+
+
 def test_plain_torch_masks_and_no_mask_still_run():
     q, k, v = (flat(x) for x in inputs((16,), heads=2))
     want = torch.nn.functional.scaled_dot_product_attention(q, k, v)
