@@ -4,7 +4,6 @@ tensor, so that one compiled graph serves them all."""
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -16,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
+from gnaflex.cuts import ANY_NUMBER, parameters
 from gnaflex.flex import count_of, own_record, table_multiple
 from gnaflex.layout import Layout
 from gnaflex.mask import PADDED_TO, ScoreMod, resolve_device
@@ -140,6 +140,7 @@ def in_order(bm: BlockMask, mod: Mod) -> Mod:
         >>> mod(torch.zeros(8), zero, zero, zero, k).tolist()
         [0.0, 1.0, 4.0, 5.0, 2.0, 3.0, 6.0, 7.0]
     """
+    own_record(bm)
     tables = _tables_of(bm, None)
     return to_places(tables.order, mod, tables.device, tables.multiple)
 
@@ -171,18 +172,14 @@ def to_places(order: Order, mod: Mod, device: torch.device, padded_to: int = PAD
 
 
 def _is_score_mod(mod: Callable[..., Any]) -> bool:
-    """Whether it has five parameters without a default, as torch counts them; four make a mask_mod."""
-    try:
-        parameters = list(inspect.signature(mod).parameters.values())
-    except (TypeError, ValueError):
-        parameters = []
-    needed = [one for one in parameters if one.default is one.empty]
-    if len(needed) not in (4, 5) or any(one.kind > one.POSITIONAL_OR_KEYWORD for one in needed):
+    """Whether it has five parameters, as torch counts them; four make a mask_mod."""
+    needed = parameters(mod)
+    if needed not in (4, 5):
         raise GNAError(
             f"a mod takes (score, b, h, q_idx, kv_idx) or (b, h, q_idx, kv_idx): {_name(mod)} takes"
-            f" ({', '.join(map(str, parameters))}).\n  Write lambda score, b, h, q_idx, kv_idx: score."
+            f" {'no call' if needed is None else needed}.\n  Write lambda score, b, h, q_idx, kv_idx: score."
         )
-    return len(needed) == 5
+    return needed == 5
 
 
 def _name(mod: Callable[..., Any]) -> str:
@@ -253,6 +250,7 @@ def bias_of(tables: Tables, table: Tensor) -> ScoreMod:
         return torch.where(index == inside, score + gain.to(score.dtype), score)
 
     relative_bias_mod.gnaflex_order = tables.orders  # type: ignore[attr-defined]
+    relative_bias_mod.gnaflex_table = table.shape  # type: ignore[attr-defined]
     return relative_bias_mod
 
 
@@ -342,6 +340,11 @@ def _check_extents(spec: GNA, shape: tuple[int, ...]) -> None:
 
 def coordinates_of(tables: Tables, fn: CoordinateFn) -> ScoreMod:
     """:func:`coordinate_score_mod` for any tokens; all classes of heads share the geometry."""
+    if parameters(fn) not in (5, ANY_NUMBER):
+        raise GNAError(
+            f"fn takes (score, b, h, q_coords, kv_coords): got {fn!r}.\n"
+            "  Write lambda score, b, h, q, k: score - (q[0] - k[0]).abs()."
+        )
     ranks = sorted({spec.rank for spec in _specs(tables)})
     if len(ranks) > 1:
         raise GNAError(

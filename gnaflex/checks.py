@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -38,6 +41,9 @@ def extra_pair(
 
 def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     """What autocast does to SDPA: floating tensors but float64 to the autocast dtype."""
+    for x in tensors:
+        if not isinstance(x, Tensor):
+            raise GNAError(f"attention takes tensors: got {type(x).__name__}. Write torch.as_tensor(x).")
     kind = tensors[0].device.type
     if kind == "meta" or not torch.is_autocast_enabled(kind):
         return tensors
@@ -60,6 +66,25 @@ def check_heads(query: Tensor, key: Tensor, heads_dim: int) -> None:
         )
 
 
+def _check_tensors(query: Tensor, key: Tensor, value: Tensor) -> None:
+    """Batches, dtypes and devices, and key and value, which kernels read side by side."""
+    if key.shape[:3] != value.shape[:3] or key.shape[0] != query.shape[0]:
+        raise GNAError(
+            "query, key and value must share the batch, key and value the heads and tokens: got "
+            f"{tuple(query.shape)}, {tuple(key.shape)}, {tuple(value.shape)}.\n"
+            "  One batch entry of keys for several of queries: key.expand(len(query), -1, -1, -1)."
+        )
+    for what in ("dtype", "device"):
+        found = [getattr(x, what) for x in (query, key, value)]
+        if len(set(found)) > 1:
+            raise GNAError(
+                f"query, key and value must share one {what}: got {found[0]}, {found[1]} and {found[2]}.\n"
+                f"  Write key.to(query.{what}), value.to(query.{what})."
+            )
+    if not query.is_floating_point():
+        raise GNAError(f"query must be floating point: got {query.dtype}. Write query.float(), say.")
+
+
 def _check_record(call: Call) -> None:
     """What only a mask of ours can tell."""
     record = call.record
@@ -75,18 +100,47 @@ def _check_record(call: Call) -> None:
             f"text_valid and padding are for a batch of {record.cuts.batch}, the query has {batch}.\n"
             "  Write gnaflex.with_lengths(block_mask, ...) with a row per batch entry."
         )
-    check_score_mod(call.score_mod, record.order)
+    check_score_mod(call.score_mod, record.orders, heads)
 
 
-def check_score_mod(score_mod: ScoreMod | None, order: Order) -> None:
-    """A score_mod of ours knows the tokens it was made for."""
+def check_score_mod(score_mod: ScoreMod | None, orders: Sequence[Order], heads: int) -> None:
+    """A score_mod is a function, and one of ours knows the tokens it was made for, and for which windows."""
+    if score_mod is None:
+        return
+    if not callable(score_mod):
+        raise GNAError(
+            f"score_mod must be a function of (score, b, h, q_idx, kv_idx): got {score_mod!r}.\n"
+            "  Write lambda score, b, h, q_idx, kv_idx: score."
+        )
     made_for = getattr(score_mod, "gnaflex_order", None)
-    if made_for is not None and made_for[0].geometry != order.geometry:
+    if made_for is not None and orders and made_for[0].geometry != orders[0].geometry:
         raise GNAError(
             "score_mod and block_mask count tokens in different orders.\n"
             "  Make the score_mod for the mask: relative_bias(block_mask, table), or "
             "coordinate_score_mod(block_mask, fn)."
         )
+    table = getattr(score_mod, "gnaflex_table", None)
+    if table is not None:
+        _check_table(tuple(table), made_for, orders, heads)
+
+
+def _check_table(table: tuple[int, ...], made_for: Any, orders: Sequence[Order], heads: int) -> None:
+    """The table of a relative bias, [heads, *extents], serves these heads, dilations and windows."""
+    if table[0] not in (1, heads):
+        raise GNAError(
+            "the table of relative_bias must have one head, or those of the query: got "
+            f"{table[0]} for {heads}.\n"
+            "  Give it the heads of the query, table[:, ...] for a part of them."
+        )
+    for made, order in zip(made_for * (len(orders) if len(made_for) == 1 else 1), orders, strict=False):
+        for ours, theirs in zip(made.documents, order.documents, strict=True):
+            fits = all(2 * w - 1 <= n for w, n in zip(theirs.spec.window, table[1:], strict=True))
+            if ours.spec.dilation != theirs.spec.dilation or not fits:
+                raise GNAError(
+                    f"this relative_bias was made for {ours.spec!r} with a table of {table[1:]}, the mask is "
+                    f"{theirs.spec!r}.\n  Make it for the mask: relative_bias(block_mask, table), with "
+                    "extents of at least 2 * window - 1."
+                )
 
 
 def check_call(call: Call) -> None:
@@ -99,14 +153,17 @@ def check_call(call: Call) -> None:
             "  For heads-last grids write gnaflex.attention(q, k, v, window)."
         )
     check_heads(query, key, 1)
-    if call.block_mask is None:
-        return
-    device = call.block_mask.kv_num_blocks.device
+    if call.record is None:
+        check_score_mod(call.score_mod, (), query.shape[1])
+    device = query.device if call.block_mask is None else call.block_mask.kv_num_blocks.device
     if device != query.device:
         raise GNAError(
             f"mask and tensors must be on one device: the mask is on {device}, the query on {query.device}.\n"
             f'  Write block_mask.to("{query.device}").'
         )
+    _check_tensors(query, key, value)
+    if call.block_mask is None:
+        return
     rows, columns = call.block_mask.seq_lengths
     if (query.shape[-2], key.shape[-2]) != (rows, columns):
         order = call.record and call.record.order.is_tiled

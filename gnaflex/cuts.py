@@ -6,6 +6,7 @@ lists only know which blocks they may cut.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
@@ -76,9 +77,47 @@ def checked(
     made = Cuts(
         None if text_valid is None else _integers("text_valid", text_valid, runs, what, device),
         None if padding is None else _integers("padding", padding, rank, "one per axis", device),
-        where,
+        _boolean(where),
     )
     return check_batches(made)
+
+
+ANY_NUMBER = -1
+
+
+def parameters(mod: Any) -> int | None:
+    """How many positional parameters without a default a mod has, as torch counts them; None if it cannot be
+    called, ANY_NUMBER if it takes what comes."""
+    try:
+        found = inspect.signature(mod).parameters.values()
+    except (TypeError, ValueError):
+        return ANY_NUMBER if callable(mod) else None
+    if any(one.kind is one.KEYWORD_ONLY and one.default is one.empty for one in found):
+        return None
+    if any(one.kind is one.VAR_POSITIONAL for one in found):
+        return ANY_NUMBER
+    return sum(one.default is one.empty and one.kind is not one.VAR_KEYWORD for one in found)
+
+
+def _boolean(where: Any) -> MaskMod | None:
+    """The user's mask_mod, checked, and held to booleans."""
+    if where is None:
+        return None
+    if parameters(where) not in (4, ANY_NUMBER):
+        raise GNAError(
+            f"where must be a mask_mod, a function of (b, h, q_idx, kv_idx): got {where!r}.\n"
+            "  Write where=lambda b, h, q_idx, kv_idx: q_idx >= kv_idx, say."
+        )
+
+    def boolean(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
+        found = where(b, h, q_idx, kv_idx)
+        if isinstance(found, bool):
+            return torch.full_like(kv_idx, found, dtype=torch.bool)
+        if found.dtype != torch.bool:
+            raise GNAError(f"where must return booleans: got {found.dtype}. Compare: q_idx >= kv_idx, say.")
+        return found  # type: ignore[no-any-return]
+
+    return boolean
 
 
 def check_batches(cuts: Cuts) -> Cuts:
@@ -96,10 +135,18 @@ def _integers(name: str, given: Any, columns: int, what: str, device: torch.devi
     """[batch, columns]: the tensor that was given, shared wherever its device allows, so that it may be
     changed in place."""
     with real_tensors():
-        values = torch.as_tensor(given)
+        try:
+            values = torch.as_tensor(given)
+        except (TypeError, ValueError, RuntimeError):
+            raise GNAError(
+                f"{name} must be integers [batch, {columns}]: got {given!r}.\n"
+                f"  Write {name}=torch.tensor([[...]] * batch, dtype=torch.int32)."
+            ) from None
         counts = values.dtype in INTEGERS
         if counts and not isinstance(given, Tensor):
             values = values.to(torch.int32)  # the mask's own
+            if values.numel() and int(values.min()) < 0:
+                raise GNAError(f"{name} must not be negative: got {given!r}. Write 0 where there is nothing.")
         if values.dim() == 1 and columns == 1:
             values = values[:, None]
         if counts and values.dim() == 2 and values.shape[1] == columns and len(values):

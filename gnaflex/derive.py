@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -57,7 +57,7 @@ def packed_block_mask(
         >>> bm.seq_lengths, offsets
         ((132, 132), (0, 64, 112, 132))
     """
-    grids = tuple(specs)
+    grids = tuple(specs) if isinstance(specs, Iterable) else ()
     if not grids or not all(isinstance(spec, GNA) for spec in grids):
         raise GNAError(
             f"packed_block_mask takes a sequence of GNA: got {specs!r}.\n"
@@ -69,18 +69,21 @@ def packed_block_mask(
         for spec, (ahead, behind) in zip(grids, extras, strict=True)
     )
     order = Order(tuple(documents))
+    there = resolve_device(device)
     record = MaskRecord(
         (order,),
         choose_form((order,), form),
         flex.block_size_of(order.documents[0].layout, block_size),
         full_width,
-        cuts=None if where is None else cuts.Cuts(where=where),
+        cuts=cuts.checked(order, None, None, where, there),
     )
-    return flex.compile_mask(record, resolve_device(device)), order.row_major_starts(keys=False)
+    return flex.compile_mask(record, there), order.row_major_starts(keys=False)
 
 
 def _per_grid(name: str, given: Any, grids: Sequence[GNA]) -> list[int]:
-    values = list(given) if isinstance(given, (list, tuple)) else [given] * len(grids)
+    values = list(given) if getattr(given, "ndim", 0) == 1 or isinstance(given, (list, tuple)) else None
+    if values is None:
+        values = [given] * len(grids)
     if len(values) != len(grids):
         raise GNAError(
             f"{name} must be one number, or one per grid: got {len(values)} for {len(grids)} grids.\n"
@@ -128,7 +131,8 @@ def resize(bm: BlockMask, shape: int | Sequence[int]) -> BlockMask:
 
 
 def _resized(spec: GNA, shape: Any) -> GNA:
-    new = GNA(shape, 1).shape if not isinstance(shape, int) else (shape,) * spec.rank
+    given = shape if hasattr(shape, "__len__") else (shape,) * spec.rank
+    new = GNA(given, 1).shape
     if len(new) != spec.rank:
         raise GNAError(
             f"a resized grid keeps its axes: got {len(new)} for rank {spec.rank}.\n"
@@ -227,7 +231,17 @@ def shard(
         >>> mine.query, mine.key, mine.block_mask.seq_lengths
         (slice(8, 16, None), slice(6, 18, None), (64, 96))
     """
-    at, number, count = (operator.index(given) for given in (axis, rank, world))
+    if not isinstance(spec, GNA):
+        raise GNAError(
+            f"shard takes a GNA: got {type(spec).__name__}. Write shard(GNA(shape, window), 0, 0, 2)."
+        )
+    try:
+        at, number, count = (operator.index(given) for given in (axis, rank, world))
+    except TypeError:
+        raise GNAError(
+            f"axis, rank and world must be integers: got {axis!r}, {rank!r}, {world!r}.\n"
+            "  Write shard(spec, axis=0, rank=0, world=2)."
+        ) from None
     if not -spec.rank <= at < spec.rank:
         raise GNAError(f"axis must be one of the grid's {spec.rank}: got axis={at}. Write axis=0, say.")
     at %= spec.rank

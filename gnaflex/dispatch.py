@@ -65,14 +65,19 @@ def choose(call: Call, backend: str) -> str:
             if next(_REASONS[name](call), None) is None:
                 return name
         raise NotImplementedError("no backend runs this call.\n" + _listed(reasons_against(call, AUTO)))
-    why = [reason for reason in _REASONS[backend](call) if not reason.startswith(_AUTO_ONLY)]
+    why = _obstacles(call, backend)
     if not why:
         return backend
-    able = [name for name in BACKENDS if next(_REASONS[name](call), None) is None]
+    able = [name for name in BACKENDS if not _obstacles(call, name)]
     remedy = f'Write backend="{able[0]}".' if able else "No backend runs it."
     raise NotImplementedError(
         f"backend {backend!r} cannot run this call.\n{_listed({backend: why})}\n  {remedy}"
     )
+
+
+def _obstacles(call: Call, backend: str) -> list[str]:
+    """Reasons against a backend that was asked for by name."""
+    return [reason for reason in _REASONS[backend](call) if not reason.startswith(_AUTO_ONLY)]
 
 
 _AUTO_ONLY = '"auto" does not take it: '

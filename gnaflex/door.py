@@ -148,7 +148,7 @@ def attention(
         problem.row_major if score_mod is not None or backend in ("sdpa", "reference") else problem.cheapest
     )
     if score_mod is not None:
-        check_score_mod(score_mod, problem.row_major.order)
+        check_score_mod(score_mod, (problem.row_major.order,), query.shape[-2])
     aux = AuxRequest(lse=True) if return_lse else None
     inputs = (query, key, value)
     q, k, v = order.heads_first(*inputs, *extra)

@@ -79,6 +79,7 @@ def block_mask(
         text_valid: integers [batch] (or [1]), how many tokens at the start of the prefix, suffix or extra_kv
             are real keys; [batch, runs] if there are several such runs. It is captured: changed in place, or
             given anew, it needs no new graph and no new lists (:func:`with_lengths`).
+            Lengths past the end of a run count as its end. A deepcopy of the mask has a copy of it.
         padding: integers [batch, rank] (or [1, rank]), the valid extent of every axis: grid tokens past it
             neither see nor are seen; their rows are zero, with a log-sum-exp of -inf. Windows stay those of
             the whole grid.
@@ -128,6 +129,11 @@ def as_specs(shape: Any, window: Any, stride: Any, dilation: Any, is_causal: Any
     """The problems of the heads, or the one for all, from any way to give them, checked to share a shape."""
     if not isinstance(shape, (list, tuple)) or not any(isinstance(one, GNA) for one in shape):
         return (as_spec(shape, window, stride, dilation, is_causal),)
+    if not all(isinstance(one, GNA) for one in shape):
+        raise GNAError(
+            f"windows per head are a GNA for every query head: got {shape!r}.\n"
+            "  Write block_mask([GNA(shape, 3), GNA(shape, 5)]), one per head."
+        )
     specs = tuple(as_spec(one, window, stride, dilation, is_causal) for one in shape)
     for head, spec in enumerate(specs):
         if spec.shape != specs[0].shape:
@@ -176,7 +182,10 @@ def make_layout(spec: GNA, q_tile: Sequence[int] | None, kv_tile: Sequence[int] 
         try:
             extents = tuple(operator.index(extent) for extent in tile)
         except TypeError:
-            raise GNAError(f"{name} must hold integers: got {name}={tuple(tile)}.") from None
+            example = (1,) * (spec.rank - 1) + (DEFAULT_BLOCK,)
+            raise GNAError(
+                f"{name} must hold integers: got {name}={tile!r}. Write {name}={example}."
+            ) from None
         if len(extents) != spec.rank or min(extents) < 1:
             raise GNAError(
                 f"{name} must have one positive extent per axis: got {name}={extents} for {spec.rank} axes.\n"
@@ -195,21 +204,29 @@ def make_layout(spec: GNA, q_tile: Sequence[int] | None, kv_tile: Sequence[int] 
 
 def block_size_of(layout: Layout, block_size: int | tuple[int, int] | None) -> tuple[int, int]:
     """Tokens per query and key block: those of the tiles, or as given, or 128."""
-    given = (block_size, block_size) if isinstance(block_size, int) else block_size
+    given = _pair(block_size)
     if layout.q_tile is None:
-        size = tuple(int(n) for n in given) if given else (DEFAULT_BLOCK, DEFAULT_BLOCK)
-        if len(size) != 2 or min(size) < 1:
-            raise GNAError(
-                f"block_size must be a positive int, or two: got {block_size!r}. Write block_size=128."
-            )
-        return size[0], size[1]
+        return given or (DEFAULT_BLOCK, DEFAULT_BLOCK)
     q, kv = (math.prod(tile) for tile in layout.tiles)
-    if given is not None and tuple(given) != (q, kv):
+    if given is not None and given != (q, kv):
         raise GNAError(
             f"block_size must agree with the tiles: got {block_size!r}, but q_tile={layout.q_tile} and "
             f"kv_tile={layout.kv_tile} hold {q} and {kv} tokens.\n  Leave block_size out."
         )
     return q, kv
+
+
+def _pair(block_size: Any) -> tuple[int, int] | None:
+    if block_size is None:
+        return None
+    entries = tuple(block_size) if isinstance(block_size, (tuple, list)) else (block_size, block_size)
+    try:
+        q, kv = map(operator.index, entries)
+        if min(q, kv) > 0:
+            return q, kv
+    except (TypeError, ValueError):
+        pass
+    raise GNAError(f"block_size must be a positive int, or two: got {block_size!r}. Write block_size=128.")
 
 
 def compile_mask(record: MaskRecord, device: torch.device) -> BlockMask:
@@ -302,6 +319,10 @@ def _moved(
 
 def record_of(bm: BlockMask) -> MaskRecord | None:
     """The record of a mask of ours, None for any other mask; refuses one that was resized or sliced."""
+    if not isinstance(bm, BlockMask):
+        raise GNAError(
+            f"a BlockMask is needed: got {type(bm).__name__}. Write bm = gnaflex.block_mask(shape, window)."
+        )
     record = getattr(bm.mask_mod, "gnaflex", None)
     if getattr(bm.mask_mod, "__name__", "") == "_sliced_mask_mod_error":
         raise GNAError(

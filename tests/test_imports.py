@@ -34,7 +34,7 @@ LAW = {
         *("reorder", "tables", "cuts", "mask"),
     },
     "derive": {"spec", "tiles", "layout", "order", "tables", "forms", "cuts", "mask", "flex"},
-    "bias": {"spec", "window", "layout", "order", "reorder", "tables", "mask", "flex"},
+    "bias": {"spec", "window", "layout", "order", "reorder", "tables", "cuts", "mask", "flex"},
     "advice": {"spec", "tiles", "layout", "order", "blocks", "mask", "flex"},
     "reference": {"spec"},
     "gather_tiles": {"window", "tiles", "layout", "order", "reorder"},

@@ -269,7 +269,7 @@ def test_lengths_beyond_a_run_or_below_zero_expose_no_other_keys(tiles):
         lengths = torch.full((1, 3), length, dtype=torch.int32)
         assert np.array_equal(seen(gnaflex.block_mask(spec, text_valid=lengths, **options))[0, 0], want)
     for extents, batch_entry in (((10**6, 10**6), all_of_it), ((-3, 4), None)):
-        got = seen(gnaflex.block_mask(spec, padding=[extents], **options))[0, 0]
+        got = seen(gnaflex.block_mask(spec, padding=torch.tensor([extents]), **options))[0, 0]
         want = joint_mask([[spec]], *tiles, **text, padding=[extents])[0, 0]
         assert np.array_equal(got, want if batch_entry is None else batch_entry)
 
@@ -852,3 +852,95 @@ def test_extra_keys_of_another_dtype_are_refused(backend):
     names = {"extra_keys": extra[0].double(), "extra_values": extra[1].double()}
     with pytest.raises(GNAError, match="dtype"):
         gnaflex.attention(q, k, v, 3, **names, backend=backend)
+
+
+# ---- what is refused at the door ---------------------------------------------------------------------
+
+
+def test_tensors_that_do_not_fit_each_other():
+    """A kernel that reads key and value side by side would read past the end of the shorter one."""
+    bm = gnaflex.block_mask((4, 8), 3, device="cpu")
+    q = torch.randn(2, 4, 32, 8)
+    for k, v in (
+        (q, q[:, :, :20]),
+        (q, torch.randn(2, 4, 40, 8)),
+        (q, q[:, :2]),
+        (q[:1], q[:1]),
+        (torch.cat([q, q]), torch.cat([q, q])),
+    ):
+        for backend in ("auto", "flex", "sdpa"):
+            with pytest.raises(GNAError, match="must share the batch, key and value the heads and tokens"):
+                gnaflex.flex_attention(q, k, v, block_mask=bm, backend=backend)
+    with pytest.raises(GNAError, match="must share one dtype"):
+        gnaflex.flex_attention(q, q.half(), q, block_mask=bm)
+    with pytest.raises(GNAError, match="must be floating point"):
+        gnaflex.flex_attention(q.long(), q.long(), q.long(), block_mask=bm)
+    with pytest.raises(GNAError, match="score_mod must be a function"):
+        gnaflex.flex_attention(q, q, q, score_mod=3, block_mask=bm)
+    with pytest.raises(GNAError, match="attention takes tensors: got ndarray"):
+        gnaflex.attention(np.zeros((1, 4, 8, 2, 8)), np.zeros((1, 4, 8, 2, 8)), np.zeros((1, 4, 8, 2, 8)), 3)
+
+
+def test_biases_made_for_other_heads_dilations_or_windows_are_refused():
+    bm = gnaflex.block_mask((4, 8), 3, device="cpu")
+    q = torch.randn(1, 4, 32, 8)
+    for heads in (2, 8):
+        mod = gnaflex.relative_bias(bm, torch.zeros(heads, 5, 5))
+        with pytest.raises(GNAError, match=f"got {heads} for 4"):
+            gnaflex.flex_attention(q, q, q, score_mod=mod, block_mask=bm, backend="sdpa")
+    mod = gnaflex.relative_bias(GNA((4, 8), 3), torch.zeros(1, 5, 5))
+    for other in (gnaflex.block_mask((4, 8), 2, dilation=2), gnaflex.block_mask((4, 8), (4, 7))):
+        with pytest.raises(GNAError, match="this relative_bias was made for"):
+            gnaflex.flex_attention(q, q, q, score_mod=mod, block_mask=other.to("cpu"), backend="sdpa")
+    smaller = gnaflex.block_mask((4, 8), 2, device="cpu")
+    assert gnaflex.flex_attention(q, q, q, score_mod=mod, block_mask=smaller, backend="sdpa").isfinite().all()
+
+
+@pytest.mark.parametrize(
+    "make, message",
+    [
+        (lambda s: gnaflex.block_mask(s, where=3), "where must be a mask_mod"),
+        (lambda s: gnaflex.block_mask(s, where=lambda b, h, q: q > 0), "where must be a mask_mod"),
+        (lambda s: gnaflex.block_mask(s, where=lambda s, b, h, q, k: s), "where must be a mask_mod"),
+        (lambda s: gnaflex.coordinate_score_mod(s, lambda s, b, h, q: s), "fn takes"),
+        (lambda s: gnaflex.coordinate_score_mod(s, None), "fn takes"),
+        (lambda s: gnaflex.block_mask(s, suffix=3, text_valid=[-1]), "must not be negative"),
+        (lambda s: gnaflex.block_mask(s, suffix=3, text_valid="a"), "text_valid must be integers"),
+        (lambda s: gnaflex.block_mask(s, block_size=64.0), "block_size must be a positive int, or two"),
+        (lambda s: gnaflex.block_mask(s, block_size=(64.9, 64)), "block_size must be a positive int"),
+        (lambda s: gnaflex.block_mask(s, q_tile=4), "q_tile must hold integers"),
+        (lambda s: gnaflex.block_mask([s, 3]), "windows per head are a GNA for every query head"),
+        (lambda s: gnaflex.shard(s, 0.0, 0, 2), "axis, rank and world must be integers"),
+        (lambda s: gnaflex.shard((4, 8), 0, 0, 2), "shard takes a GNA: got tuple"),
+        (lambda s: gnaflex.packed_block_mask(s), "packed_block_mask takes a sequence of GNA"),
+        (lambda s: gnaflex.packed_block_mask(None), "packed_block_mask takes a sequence of GNA"),
+        (lambda s: gnaflex.resize(s, (4, 4)), "a BlockMask is needed: got GNA"),
+        (lambda s: gnaflex.with_lengths(s, text_valid=[1]), "a BlockMask is needed: got GNA"),
+        (lambda s: gnaflex.in_order(s, lambda b, h, q, k: q > k), "a BlockMask is needed: got GNA"),
+    ],
+)  # fmt: skip
+def test_plain_mistakes(make, message):
+    with pytest.raises(GNAError, match=message):
+        make(GNA((4, 8), 3))
+
+
+def test_where_may_return_a_python_boolean_but_no_number():
+    q = torch.randn(1, 2, 32, 8)
+    bm = gnaflex.block_mask((4, 8), 3, where=lambda b, h, q, k: True, device="cpu")
+    plain = gnaflex.block_mask((4, 8), 3, device="cpu")
+    for backend in ("sdpa", "reference"):
+        got, want = (gnaflex.flex_attention(q, q, q, block_mask=m, backend=backend) for m in (bm, plain))
+        torch.testing.assert_close(got, want)
+    wrong = gnaflex.block_mask((4, 8), 3, where=lambda b, h, q, k: q - k, device="cpu")
+    with pytest.raises(GNAError, match="where must return booleans"):
+        gnaflex.flex_attention(q, q, q, block_mask=wrong, backend="sdpa")
+
+
+def test_numpy_integers_serve_everywhere():
+    two = np.int64(2)
+    bm = gnaflex.block_mask((4, 8), 3, block_size=np.int64(64), prefix=two, device="cpu")
+    assert bm.BLOCK_SIZE == (64, 64)
+    assert gnaflex.spec_of(gnaflex.resize(bm, np.int64(6))).shape == (6, 6)
+    packed, offsets = gnaflex.packed_block_mask([GNA(4, 2), GNA(5, 2)], prefix=np.array([1, 2]), device="cpu")
+    assert offsets == (0, 5, 12)
+    assert packed.seq_lengths == (12, 12)
