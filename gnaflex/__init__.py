@@ -5,29 +5,41 @@ from pathlib import Path
 from gnaflex.bias import coordinate_score_mod, in_order, relative_bias
 from gnaflex.derive import Shard, packed_block_mask, resize, shard, with_lengths
 from gnaflex.door import attention, explain, flex_attention
+from gnaflex.drawing import draw
 from gnaflex.flex import block_mask, permute, spec_of, unpermute
 from gnaflex.mask import mask_mod, score_mod
+from gnaflex.planner import Plan, plan
 from gnaflex.reference import reference_attention
+from gnaflex.searching import nearest, search
 from gnaflex.spec import GNA, GNAError
+from gnaflex.timing import Estimate, end_to_end, estimate
 from gnaflex.window import source
 
-__all__ = [
+__all__ = [  # noqa: RUF022 (plainly sorted)
+    "Estimate",
     "GNA",
     "GNAError",
+    "Plan",
     "Shard",
     "attention",
     "block_mask",
     "coordinate_score_mod",
+    "draw",
+    "end_to_end",
+    "estimate",
     "explain",
     "flex_attention",
     "in_order",
     "mask_mod",
+    "nearest",
     "packed_block_mask",
     "permute",
+    "plan",
     "reference_attention",
     "relative_bias",
     "resize",
     "score_mod",
+    "search",
     "shard",
     "source",
     "spec_of",

@@ -43,9 +43,16 @@ LAW = {
     "dispatch": {"spec", "order", "tables", "cuts", "mask", "flex", "compiled", "gather", "reference"},
     "operators": {"spec", "cuts", "mask", "flex"},
     "checks": {"spec", "order", "mask", "dispatch"},
+    "planner": {"spec", "window", "tiles"},
+    "paper": {"spec", "planner"},
+    "plan_verbs": {"spec", "tiles", "planner", "searching"},
+    "timing": {"spec", "planner"},
+    "drawing": {"spec", "window", "tiles", "planner"},
+    "searching": {"spec", "window", "tiles", "planner"},
     "door": {"spec", "layout", "order", "reorder", "mask", "flex", "advice", "dispatch", "checks"},
 }
 NO_TORCH = {"spec", "window", "tiles", "layout", "order", "blocks", "row_blocks", "tile_blocks"}
+NO_TORCH |= {"planner", "paper", "plan_verbs", "timing", "drawing", "searching"}
 
 
 def top_level_imports(path: Path) -> set[str]:

@@ -12,6 +12,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
+MODELS = ("| FLUX.1-dev 4K |", "| Cosmos-7B |", "| HunyuanVideo |")
 CALLS, ORDERS = ("first call", "later calls"), ("row-major", "tile-major")
 
 
@@ -65,6 +66,20 @@ def test_figures_of_joint_masks_stand_in_a_results_file():
     ]
     assert [float(one) for one in said.groups()] == pytest.approx([rows[name] for name in names], abs=0.01)
     assert rows["graphs over ten windows, prompts and biases of one grid"] == 1
+
+
+def test_the_papers_table_is_what_the_planner_counts():
+    from gnaflex.paper import CONFIGURATIONS
+
+    table = [line.strip("|\n ").split(" | ") for line in README.splitlines() if line.startswith(MODELS)]
+    assert len(table) == len(CONFIGURATIONS)
+    for (_, window, stride, *figures), row in zip(table, CONFIGURATIONS, strict=True):
+        plan = row.plan
+        assert window == "x".join(map(str, row.window))
+        assert stride == "x".join(map(str, row.stride))
+        counted = (plan.flop_speedup, plan.tile_speedup_worst, plan.tile_speedup_mean)
+        assert figures[:3] == [f"{one:.2f}" for one in counted]
+        assert (figures[3].strip() == "yes") == plan.is_block_sparse
 
 
 def test_every_public_name_has_its_line():

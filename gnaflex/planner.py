@@ -1,0 +1,319 @@
+"""How a problem tiles, and what that allows: exact counts of visited, full and partial tiles; no torch.
+
+Per axis a query tile needs one range of keys, and all its queries share a range within. Counts over the whole
+grid are products over the axes of sums over the tiles of an axis, dilation group by dilation group. The
+speed-ups are those of the simulator of Hassani et al. (arXiv 2504.16922, section 4), with ``work_speedup``
+beside them, which knows how the query grid rounds.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from typing import Any, Literal, NamedTuple, get_args
+
+import numpy as np
+import numpy.typing as npt
+
+from gnaflex.spec import GNA, Axis, GNAError
+from gnaflex.tiles import Tile, allowed_pairs, groups, relation
+from gnaflex.window import IntArray
+
+KVTiling = Literal["static", "dynamic"]
+ROWS = 128  # tokens of a tile unless given: FlexAttention's block, and what one Hopper warp group pair takes
+
+
+class AxisTiles(NamedTuple):
+    """The query tiles of one axis in the dilation groups of one length.
+
+    Keys count inside a group. ``needed`` are those that some query of a tile sees, ``shared`` those that all
+    see, both half-open; ``visited``, ``unmasked`` and ``whole`` are numbers of key tiles: those that a query
+    tile visits, those of them in which it masks nothing, and those of these that hold ``kv_tile`` keys.
+    """
+
+    length: int
+    groups: int
+    start: tuple[int, ...]
+    needed: tuple[tuple[int, int], ...]
+    shared: tuple[tuple[int, int], ...]
+    visited: tuple[int, ...]
+    unmasked: tuple[int, ...]
+    whole: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a problem tiles. Every figure is an exact count, or a ratio of two.
+
+    Key tiles are those of a fixed grid (``kv_tiling="static"``: FlexAttention's blocks), or those that cut
+    the key range of each query tile from its start on (``"dynamic"``: a kernel that loads boxes anywhere).
+    """
+
+    spec: GNA
+    q_tile: Tile
+    kv_tile: Tile
+    kv_tiling: KVTiling
+
+    @cached_property
+    def axes(self) -> tuple[tuple[AxisTiles, ...], ...]:
+        """The tiles of every axis, by length of its dilation groups (two at most)."""
+        return tuple(
+            tuple(
+                _axis_tiles(group.n, len(group.members), axis, q, kv, self.kv_tiling)
+                for group in groups(axis)
+            )
+            for axis, q, kv in zip(self.spec.axes, self.q_tile, self.kv_tile, strict=True)
+        )
+
+    def _total(self, name: str) -> int:
+        return math.prod(sum(one.groups * sum(getattr(one, name)) for one in axis) for axis in self.axes)
+
+    @property
+    def query_tiles(self) -> int:
+        """How many query tiles the grid has, those at its edges included."""
+        return math.prod(sum(one.groups * len(one.start) for one in axis) for axis in self.axes)
+
+    @cached_property
+    def touched_tiles(self) -> int:
+        """(query tile, key tile) pairs that are visited."""
+        return self._total("visited")
+
+    @cached_property
+    def full_tiles(self) -> int:
+        """Those in which nothing is masked and every key is a token of the range."""
+        return self._total("whole")
+
+    @cached_property
+    def clipped_tiles(self) -> int:
+        """Those in which nothing is masked but what lies past the grid, or past the query tile's key range
+        (dynamic tiling): a comparison of coordinates does it."""
+        return self._total("unmasked") - self.full_tiles
+
+    @property
+    def partial_tiles(self) -> int:
+        """Those that need a mask."""
+        return self.touched_tiles - self.full_tiles - self.clipped_tiles
+
+    @property
+    def is_block_sparse(self) -> bool:
+        """Perfectly block-sparse: no visited tile holds a masked pair inside the grid."""
+        return self.partial_tiles == 0
+
+    @cached_property
+    def allowed_pairs(self) -> int:
+        """(query, key) pairs that the mask allows."""
+        return allowed_pairs(self.spec)
+
+    @property
+    def sparsity(self) -> float:
+        """The share of all pairs that the mask forbids."""
+        return 1 - self.allowed_pairs / self.spec.num_tokens**2
+
+    @property
+    def flop_speedup(self) -> float:
+        """All pairs over allowed pairs: what no tiling can exceed on average."""
+        return self.spec.num_tokens**2 / self.allowed_pairs
+
+    @property
+    def tile_speedup_worst(self) -> float:
+        """Dense key tiles over those of the busiest query tile: what the paper prints."""
+        busiest = math.prod(max(max(one.visited) for one in axis) for axis in self.axes)
+        return self._dense_kv_tiles / busiest
+
+    @property
+    def tile_speedup_mean(self) -> float:
+        """Dense key tiles over the mean of all query tiles."""
+        return self._dense_kv_tiles * self.query_tiles / self.touched_tiles
+
+    @property
+    def work_speedup(self) -> float:
+        """Tiles of a dense kernel over tiles visited, the rounding of both grids included: dense time over
+        this is the least time to expect."""
+        dense_q_tiles = -(-self.spec.num_tokens // math.prod(self.q_tile))
+        return dense_q_tiles * self._dense_kv_tiles / self.touched_tiles
+
+    def explain(self) -> str:
+        """In words, per axis, why tiles are partial, rule and numbers, and the cheapest change that mends it.
+
+        Example:
+            >>> import gnaflex
+            >>> print(gnaflex.plan(gnaflex.GNA(64, window=16, stride=16), (16,), (16,)).explain())
+            Block-sparse: none of 4 visited tiles needs a mask; work speed-up 4.00 of at most 4.00.
+        """
+        from gnaflex.searching import explain  # which builds on plans
+
+        return explain(self)
+
+    @property
+    def _dense_kv_tiles(self) -> int:
+        return -(-self.spec.num_tokens // math.prod(self.kv_tile))
+
+
+def plan(
+    spec: GNA,
+    q_tile: Tile | None = None,
+    kv_tile: Tile | None = None,
+    kv_tiling: KVTiling = "static",
+    *,
+    q_rows: int = ROWS,
+    kv_rows: int = ROWS,
+) -> Plan:
+    """How a problem tiles, and the speed-ups that allows; exact for every window, stride, dilation and shape.
+
+    Args:
+        spec: the problem.
+        q_tile, kv_tile: tokens per axis of a query and a key tile, in steps of the dilation. One that is not
+            given is the best of all boxes that fill more than half of ``q_rows`` or ``kv_rows`` tokens,
+            extents of 1 and odd ones included: the fewest visited tiles, then the fewest to mask.
+        kv_tiling: "static" or "dynamic", see :class:`Plan`.
+        q_rows, kv_rows: tokens that a tile may hold when it is not given.
+
+    Raises:
+        GNAError: a tile does not fit the problem; the message says what to write.
+
+    Example:
+        >>> import gnaflex
+        >>> video = gnaflex.GNA((30, 48, 80), window=(18, 24, 24), stride=(16, 8, 8))
+        >>> p = gnaflex.plan(video, (4, 8, 8), (2, 8, 8), "dynamic")
+        >>> p.is_block_sparse, round(p.flop_speedup, 2), round(p.work_speedup, 2)
+        (True, 11.11, 10.42)
+    """
+    if kv_tiling not in get_args(KVTiling):
+        raise GNAError(
+            f'kv_tiling must be "static" or "dynamic": got {kv_tiling!r}. Write kv_tiling="static".'
+        )
+    given = [_checked(name, tile, spec) for name, tile in (("q_tile", q_tile), ("kv_tile", kv_tile))]
+    if given[0] is None or given[1] is None:
+        given = list(_best_tiles(spec, given[0], given[1], kv_tiling, q_rows, kv_rows))
+    assert given[0] is not None
+    assert given[1] is not None
+    return Plan(spec, given[0], given[1], kv_tiling)
+
+
+def _checked(name: str, tile: Tile | None, spec: GNA) -> Tile | None:
+    if tile is None:
+        return None
+    extents = tuple(int(extent) for extent in tile)
+    if len(extents) != spec.rank or min(extents) < 1 or extents != tuple(tile):
+        example = (1,) * (spec.rank - 1) + (ROWS,)
+        raise GNAError(
+            f"{name} must have one positive integer extent per axis: got {name}={tuple(tile)} for "
+            f"{spec.rank} axes.\n  shape={spec.shape}. Write {name}={example}, or leave it out."
+        )
+    return extents
+
+
+class _Ranges(NamedTuple):
+    """Per query tile of an axis its first query, the keys that some query sees, and those that all see."""
+
+    start: IntArray
+    needed: tuple[IntArray, IntArray]
+    shared: tuple[IntArray, IntArray]
+
+    def tiles(self, kv: Any, n: int, kv_tiling: KVTiling) -> tuple[IntArray, IntArray, IntArray]:
+        """Key tiles of extent ``kv`` (which broadcasts): visited, unmasked, and whole ones among these."""
+        (lo, hi), (all_lo, all_hi) = self.needed, self.shared
+        # key tiles begin at the multiples of kv from ``origin`` on, and are cut off at ``end``
+        origin, end = (0, n) if kv_tiling == "static" else (lo, hi)
+        visited = -(-(hi - origin) // kv) - (lo - origin) // kv
+        first = -(-(all_lo - origin) // kv)
+        whole = np.maximum((all_hi - origin) // kv - first, 0)
+        last = np.where(all_hi == end, -(-(all_hi - origin) // kv), (all_hi - origin) // kv)
+        return visited, np.where(all_lo < all_hi, np.maximum(last - first, 0), 0), whole
+
+
+def _ranges(n: int, axis: Axis, q: int) -> _Ranges:
+    pairs = relation(n, axis)
+    start = np.arange(0, n, q)
+    stop = np.minimum(start + q, n)
+    return _Ranges(start, pairs.any_of(start, stop), pairs.all_of(start, stop))
+
+
+@lru_cache(maxsize=4096)
+def _axis_tiles(n: int, count: int, axis: Axis, q: int, kv: int, kv_tiling: KVTiling) -> AxisTiles:
+    ranges = _ranges(n, axis, q)
+    columns = (ranges.start, *ranges.tiles(kv, n, kv_tiling))
+    start, visited, unmasked, whole = (tuple(column.tolist()) for column in columns)
+    needed, shared = (tuple(zip(*(end.tolist() for end in ends), strict=True)) for ends in ranges[1:])
+    return AxisTiles(n, count, start, needed, shared, visited, unmasked, whole)
+
+
+# ---- the best tiles ----------------------------------------------------------------------------------
+
+CHUNK = 32  # query boxes that are weighed against all key boxes at a time
+
+
+def _best_tiles(
+    spec: GNA, q_tile: Tile | None, kv_tile: Tile | None, kv_tiling: KVTiling, q_rows: int, kv_rows: int
+) -> tuple[Tile, Tile]:
+    """Of all pairs of boxes those with the fewest visited tiles, then the fewest that need a mask.
+
+    A query box needs so many keys, all tiles together; a key tile holds ``kv_rows`` of them at most. Query
+    boxes come in the order of that bound, until it exceeds the best pair found.
+    """
+    lengths = tuple(axis.group_length(0) for axis in spec.axes)
+    q_boxes = np.array([q_tile]) if q_tile else _boxes(q_rows, lengths)
+    kv_boxes = np.array([kv_tile]) if kv_tile else _boxes(kv_rows, lengths)
+    bound = np.ones(len(q_boxes))
+    for a, axis in enumerate(spec.axes):
+        extents, at = np.unique(q_boxes[:, a], return_inverse=True)
+        bound *= np.array([_needed_keys(axis, q) for q in extents.tolist()])[at]
+    bound /= kv_boxes.prod(axis=1).max()
+    order = np.argsort(bound, kind="stable")
+    best, found = (math.inf, math.inf), (0, 0)
+    for first in range(0, len(order), CHUNK):
+        some = order[first : first + CHUNK]
+        if bound[some[0]] > best[0]:
+            break
+        visited, partial = _weighed(spec, q_boxes[some], kv_boxes, kv_tiling)
+        fewest = np.flatnonzero(visited == visited.min())
+        at = int(fewest[partial.flat[fewest].argmin()])
+        here = float(visited.flat[at]), float(partial.flat[at])
+        if here < best:
+            best, found = here, (int(some[at // len(kv_boxes)]), at % len(kv_boxes))
+    return tuple(q_boxes[found[0]].tolist()), tuple(kv_boxes[found[1]].tolist())
+
+
+@lru_cache(maxsize=64)
+def _boxes(rows: int, lengths: tuple[int, ...]) -> IntArray:
+    """Every box that fills more than half of ``rows`` tokens, or of a smaller grid; [boxes, axes]."""
+    extents = [np.arange(1, min(rows, length) + 1) for length in lengths]
+    room = functools.reduce(np.multiply.outer, extents)
+    at = np.nonzero((room <= rows) & (2 * room > min(rows, math.prod(lengths))))
+    return np.stack([axis[i] for axis, i in zip(extents, at, strict=True)], axis=1)
+
+
+@lru_cache(maxsize=4096)
+def _needed_keys(axis: Axis, q: int) -> int:
+    """Keys that query tiles of an axis need, summed over the tiles."""
+    ranges = [(group, _ranges(group.n, axis, q).needed) for group in groups(axis)]
+    return sum(len(group.members) * int((hi - lo).sum()) for group, (lo, hi) in ranges)
+
+
+def _weighed(
+    spec: GNA, q_boxes: IntArray, kv_boxes: IntArray, kv_tiling: KVTiling
+) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
+    """Visited tiles, and those of them that need a mask, [query boxes, key boxes]."""
+    visited = np.ones((len(q_boxes), len(kv_boxes)))
+    unmasked = np.ones_like(visited)
+    for a, axis in enumerate(spec.axes):
+        q_extents, q_at = np.unique(q_boxes[:, a], return_inverse=True)
+        kv_extents, kv_at = np.unique(kv_boxes[:, a], return_inverse=True)
+        rows = [_axis_totals(axis, q, tuple(kv_extents.tolist()), kv_tiling) for q in q_extents.tolist()]
+        seen, clear = (np.stack([row[at] for row in rows]) for at in range(2))
+        visited *= seen[q_at[:, None], kv_at]
+        unmasked *= clear[q_at[:, None], kv_at]
+    return visited, visited - unmasked
+
+
+@lru_cache(maxsize=4096)
+def _axis_totals(axis: Axis, q: int, kv_extents: Tile, kv_tiling: KVTiling) -> IntArray:
+    """Visited and unmasked key tiles of an axis, [2, key extents], all dilation groups together."""
+    totals = np.zeros((2, len(kv_extents)), np.int64)
+    kv = np.array(kv_extents)[:, None]
+    for group in groups(axis):
+        visited, unmasked, _ = _ranges(group.n, axis, q).tiles(kv, group.n, kv_tiling)
+        totals += len(group.members) * np.stack([visited.sum(1), unmasked.sum(1)])
+    return totals
