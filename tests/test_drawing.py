@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from cases import random_spec
 
-from gnaflex import drawing
+from gnaflex import drawing, drawn
 from gnaflex.drawing import draw, figure
 from gnaflex.planner import plan
 from gnaflex.reference import allowed_keys, dense_mask
@@ -329,11 +329,11 @@ def test_summaries_keep_counts(seed):
     rng = random.Random(200 + seed)
     spec = random_spec(rng, rng.randint(1, 3), 2000)
     how = plan(spec, *(tuple(rng.randint(1, min(n, 5)) for n in spec.shape) for _ in range(2)))
-    blocks = drawing._BlockMap(how)
+    blocks = drawn.BlockMap(how)
     for n in (1, rng.randint(2, 9), max(blocks.shape)):
         pooled = blocks.pooled(n)
         assert pooled.shape[:2] == tuple(-(-extent // n) for extent in blocks.shape)
-        counts = dict(zip(drawing.BLOCK_KINDS, pooled.sum((0, 1)).tolist(), strict=True))
+        counts = dict(zip(drawn.BLOCK_KINDS, pooled.sum((0, 1)).tolist(), strict=True))
         assert counts["full"] == how.full_tiles
         assert counts["clipped"] == how.clipped_tiles
         assert counts["partial"] == how.partial_tiles
@@ -345,14 +345,14 @@ def test_visits_add_up(tiling):
     rng = random.Random(7)
     for _ in range(40):
         how = plan(random_spec(rng, rng.randint(1, 4), 300), kv_tiling=tiling, q_rows=8, kv_rows=4)
-        planes = drawing._visited(how)
+        planes = drawn.visited(how)
         assert math.prod(int(part.sum()) for part in planes) == how.touched_tiles
         assert math.prod(map(len, planes)) == how.query_tiles
 
 
 def test_strides_are_plans():
     spec = GNA((16, 70), (8, 64), (4, 5))
-    rows = drawing._strides(plan(spec, (4, 4), (4, 4)))
+    rows = drawn.strides_of(plan(spec, (4, 4), (4, 4)))
     assert [one.stride for one in rows[0]] == list(range(1, 9))
     assert [one.stride for one in rows[1]] == [1, 2, 3, 4, 5, 6, 8, 12, 16, 24, 32, 48, 64]
     for one in rows[1]:

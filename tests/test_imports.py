@@ -47,12 +47,14 @@ LAW = {
     "paper": {"spec", "planner"},
     "plan_verbs": {"spec", "tiles", "planner", "searching"},
     "timing": {"spec", "planner"},
-    "drawing": {"spec", "window", "tiles", "planner"},
+    "drawn": {"spec", "window", "tiles", "planner"},
+    "figures": {"spec", "window", "planner", "drawn"},
+    "drawing": {"spec", "tiles", "planner", "drawn"},
     "searching": {"spec", "window", "tiles", "planner"},
     "door": {"spec", "layout", "order", "reorder", "mask", "flex", "advice", "dispatch", "checks"},
 }
 NO_TORCH = {"spec", "window", "tiles", "layout", "order", "blocks", "row_blocks", "tile_blocks"}
-NO_TORCH |= {"planner", "paper", "plan_verbs", "timing", "drawing", "searching"}
+NO_TORCH |= {"planner", "paper", "plan_verbs", "timing", "drawn", "figures", "drawing", "searching"}
 
 
 def top_level_imports(path: Path) -> set[str]:
