@@ -6,11 +6,13 @@ from gnaflex.bias import coordinate_score_mod, in_order, relative_bias
 from gnaflex.derive import Shard, packed_block_mask, resize, shard, with_lengths
 from gnaflex.door import attention, explain, flex_attention
 from gnaflex.drawing import draw
-from gnaflex.flex import block_mask, permute, spec_of, unpermute
+from gnaflex.flex import block_mask
 from gnaflex.mask import mask_mod, score_mod
+from gnaflex.nearby import nearest
+from gnaflex.origin import permute, spec_of, unpermute
 from gnaflex.planner import Plan, plan
 from gnaflex.reference import reference_attention
-from gnaflex.searching import nearest, search
+from gnaflex.searching import search
 from gnaflex.spec import GNA, GNAError
 from gnaflex.timing import Estimate, end_to_end, estimate
 from gnaflex.window import source

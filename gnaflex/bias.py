@@ -16,10 +16,11 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
 from gnaflex.cuts import ANY_NUMBER, parameters
-from gnaflex.flex import count_of, own_record, table_multiple
+from gnaflex.flex import count_of, table_multiple
 from gnaflex.layout import Layout
 from gnaflex.mask import PADDED_TO, ScoreMod, resolve_device
 from gnaflex.order import Document, Order, order_of
+from gnaflex.origin import own_record
 from gnaflex.reorder import real_tensors
 from gnaflex.spec import GNA, GNAError
 from gnaflex.tables import Pick, Tables

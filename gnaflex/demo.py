@@ -21,8 +21,9 @@ from torch.nn.attention.flex_attention import BlockMask
 from torch.nn.functional import scaled_dot_product_attention
 
 from gnaflex.door import explain, flex_attention
-from gnaflex.flex import block_mask, permute, unpermute
+from gnaflex.flex import block_mask
 from gnaflex.mask import resolve_device
+from gnaflex.origin import permute, unpermute
 from gnaflex.pictures import PATCH, count_blocks, denoising, non_local_means, photograph
 from gnaflex.reference import allowed_keys
 from gnaflex.spec import GNA, GNAError

@@ -15,6 +15,7 @@ from gnaflex.forms import reason_against
 from gnaflex.layout import Layout, Slab
 from gnaflex.mask import Form, MaskRecord, choose_form, resolve_device
 from gnaflex.order import Document, Order
+from gnaflex.origin import own_record
 from gnaflex.spec import GNA, Axis, GNAError
 from gnaflex.tables import MaskMod
 from gnaflex.tiles import groups, relation
@@ -114,7 +115,7 @@ def resize(bm: BlockMask, shape: int | Sequence[int]) -> BlockMask:
         >>> gnaflex.spec_of(gnaflex.resize(bm, (12, 40, 24)))
         GNA(shape=(12, 40, 24), window=(12, 9, 9))
     """
-    record = flex.own_record(bm)
+    record = own_record(bm)
     document = record.order.documents[0]
     if len(record.order.documents) > 1 or document.layout.slab is not None:
         raise GNAError(
@@ -164,7 +165,7 @@ def with_lengths(bm: BlockMask, *, text_valid: Any = None, padding: Any = None) 
         >>> shorter.kv_indices is bm.kv_indices
         True
     """
-    record = flex.own_record(bm)
+    record = own_record(bm)
     had = record.cuts or cuts.Cuts()
     for name, new, old in (("text_valid", text_valid, had.text_valid), ("padding", padding, had.padding)):
         if new is not None and old is None:

@@ -18,6 +18,7 @@ from gnaflex.dispatch import AUTO, BACKENDS, RUN, Call, Explanation, choose, kno
 from gnaflex.layout import Layout
 from gnaflex.mask import MaskRecord, ScoreMod, choose_form
 from gnaflex.order import Document, Order
+from gnaflex.origin import record_of
 from gnaflex.reorder import from_order, to_order
 from gnaflex.spec import GNA, GNAError
 
@@ -70,7 +71,7 @@ def flex_attention(
         raise GNAError("return_lse and return_aux exclude each other. Write return_aux=AuxRequest(lse=True).")
     aux = AuxRequest(lse=True) if return_lse else return_aux
     query, key, value = autocast(query, key, value)
-    record = None if block_mask is None else flex.record_of(block_mask)
+    record = None if block_mask is None else record_of(block_mask)
     call = Call(query, key, value, score_mod, block_mask, record, scale, enable_gqa, kernel_options, aux)
     check_call(call)
     if torch.compiler.is_dynamo_compiling():
@@ -248,7 +249,7 @@ Blackwell family, the query is on cpu
         mask: GNA(shape=(8, 8), window=(4, 4)), row-major; of 1 blocks of 128 x 128 0 are full, 1 partial
     """
     query, key, value = autocast(query, key, value)
-    record = None if block_mask is None else flex.record_of(block_mask)
+    record = None if block_mask is None else record_of(block_mask)
     aux = AuxRequest(lse=True) if return_lse else None
     gqa = query.shape[1] != key.shape[1]
     call = Call(query, key, value, score_mod, block_mask, record, None, gqa, None, aux)

@@ -17,6 +17,7 @@ from torch.nn.attention.flex_attention import BlockMask
 from gnaflex import flex
 from gnaflex.cuts import Cuts
 from gnaflex.mask import decoded
+from gnaflex.origin import own_record
 from gnaflex.spec import GNAError
 
 MAX_DILATION = -1  # how dilation="max" travels
@@ -49,7 +50,7 @@ def _run(
 
     bm = _mask(code, q.device, text_valid is not None, padding is not None)
     if text_valid is not None or padding is not None:
-        record = flex.own_record(bm).with_cuts(Cuts(text_valid, padding))
+        record = own_record(bm).with_cuts(Cuts(text_valid, padding))
         bm = flex.recompiled(bm, record)
     gqa = q.shape[1] != k.shape[1]
     return door.flex_attention(

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 from torch.nn.functional import pad, unfold
 
-from gnaflex.flex import own_record
+from gnaflex.origin import own_record
 from gnaflex.reference import allowed_keys
 
 if TYPE_CHECKING:

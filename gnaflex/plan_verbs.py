@@ -1,14 +1,18 @@
-"""What the planner's verbs of the command print: text and tables, or JSON."""
+"""The planner's verbs of the command: what they take, and what they print, as text and tables or JSON."""
 
 from __future__ import annotations
 
+import argparse
 import json
+import sys
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gnaflex.planner import KVTiling, Plan
 from gnaflex.spec import GNA
 from gnaflex.tiles import Tile
+from gnaflex.words import USAGE, CommandError, Verb, add_problem, extents, positive, problem, require
 
 if TYPE_CHECKING:
     from gnaflex.searching import Row, SearchResult
@@ -120,7 +124,7 @@ def print_nearest(
     spec: GNA, q_tile: Tile | None, kv_tile: Tile | None, tiling: KVTiling, limit: int, as_json: bool
 ) -> None:
     """Perfectly block-sparse problems near a problem."""
-    from gnaflex.searching import nearest
+    from gnaflex.nearby import nearest
 
     found = nearest(spec, q_tile, kv_tile, tiling, limit=limit)
     if as_json:
@@ -174,3 +178,176 @@ def print_search(found: SearchResult, as_json: bool) -> None:
     console.print(found.table(front=True))
     console.print(found.table())
     print(f"{found.problems:,} windows and strides tried, each with all tiles")
+
+
+# ---- the planner -------------------------------------------------------------------------------------
+
+
+def _json(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="print JSON")
+
+
+def _plan_arguments(parser: argparse.ArgumentParser) -> None:
+    add_problem(parser)
+    parser.add_argument("--q-tile", type=extents, help="tokens of a query tile (default the best of 128)")
+    parser.add_argument("--kv-tile", type=extents, help="tokens of a key tile (default the best of 128)")
+    parser.add_argument("--dynamic", action="store_true", help="key tiles begin where the keys of a query do")
+    _json(parser)
+
+
+def _tile(extent: int | str | tuple[int | str, ...] | None, spec: GNA) -> tuple[int, ...] | None:
+    if extent is None:
+        return None
+    entries = extent if isinstance(extent, tuple) else (extent,) * spec.rank
+    if "max" in entries:
+        raise CommandError("a tile is made of integers, like 2x8x8.", USAGE)
+    return entries  # type: ignore[return-value]
+
+
+def _planned(options: argparse.Namespace) -> Plan:
+    from gnaflex.planner import plan
+
+    spec = problem(options)
+    tiling: KVTiling = "dynamic" if options.dynamic else "static"
+    return plan(spec, _tile(options.q_tile, spec), _tile(options.kv_tile, spec), tiling)
+
+
+def _plan(options: argparse.Namespace) -> None:
+    found = _planned(options)
+    if options.json:
+        print_json(plan_fields(found))
+    else:
+        print_plan(found)
+
+
+def _explain(options: argparse.Namespace) -> None:
+    found = _planned(options)
+    if options.json:
+        print_json(plan_fields(found) | {"why": found.explain().splitlines()})
+    else:
+        print(found.explain())
+
+
+def _nearest_arguments(parser: argparse.ArgumentParser) -> None:
+    add_problem(parser)
+    parser.add_argument("--q-tile", type=extents, help="tokens of a query tile (default any of 128)")
+    parser.add_argument("--kv-tile", type=extents, help="tokens of a key tile (default any of 128)")
+    parser.add_argument("--static", action="store_true", help="key tiles lie on a fixed grid")
+    parser.add_argument("--limit", type=positive, default=10, help="how many (default 10)")
+    _json(parser)
+
+
+def _nearest(options: argparse.Namespace) -> None:
+    if not options.json:
+        require("plan")
+    spec = problem(options)
+    tiles = _tile(options.q_tile, spec), _tile(options.kv_tile, spec)
+    tiling: KVTiling = "static" if options.static else "dynamic"
+    print_nearest(spec, *tiles, tiling, options.limit, options.json)
+
+
+def _search_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("shape", metavar="SHAPE", type=extents, help="tokens per axis, like 30x48x80")
+    parser.add_argument("--step", type=positive, default=1, help="windows in multiples of this (default 1)")
+    parser.add_argument("--min-sparsity", type=float, default=0.0, help="least share of masked pairs, 0 to 1")
+    parser.add_argument("--max-sparsity", type=float, default=1.0, help="greatest share of masked pairs")
+    parser.add_argument("--static", action="store_true", help="key tiles lie on a fixed grid")
+    parser.add_argument("--any", action="store_true", help="problems with partial tiles too")
+    names = ("speedup", "efficiency", "reach")
+    parser.add_argument("--objective", choices=names, default="speedup", help="what sorts the rows")
+    parser.add_argument("--limit", type=positive, default=20, help="how many rows (default 20)")
+    _json(parser)
+
+
+def _search(options: argparse.Namespace) -> None:
+    if not options.json:
+        require("plan")
+    from gnaflex.searching import search
+
+    shape = GNA(options.shape, 1).shape
+    found = search(
+        shape,
+        windows=[range(options.step, length + 1, options.step) for length in shape],
+        min_sparsity=options.min_sparsity,
+        max_sparsity=options.max_sparsity,
+        block_sparse=not options.any,
+        kv_tiling="static" if options.static else "dynamic",
+        objective=options.objective,
+        progress=not options.json and sys.stderr.isatty(),
+        limit=options.limit,
+    )
+    print_search(found, options.json)
+
+
+def _draw_arguments(parser: argparse.ArgumentParser) -> None:
+    _plan_arguments(parser)
+    kinds = ("blocks", "window", "tiles", "strides")
+    parser.add_argument("--kind", choices=kinds, default="blocks", help="what to draw (default blocks)")
+    parser.add_argument("--query", type=extents, help="whose window, like 3x10x20 (default the middle)")
+    parser.add_argument("--width", type=positive, default=80, help="characters across (default 80)")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="write a .png, .pdf or .svg too")
+
+
+def _draw(options: argparse.Namespace) -> None:
+    from gnaflex.drawing import draw
+
+    spec = problem(options)
+    what = spec if options.kind == "window" else _planned(options)
+    query = (options.query,) if isinstance(options.query, int) and spec.rank == 1 else options.query
+    text = draw(what, kind=options.kind, query=query, width=options.width, path=options.out)
+    if options.json:
+        print_json({"kind": options.kind, "lines": text.splitlines()})
+    else:
+        print(text, end="" if text.endswith("\n") else "\n")
+
+
+def _paper(options: argparse.Namespace) -> None:
+    if not options.json:
+        require("plan")
+    print_paper(options.json)
+
+
+VERBS = (
+    Verb(
+        "plan",
+        "Count the tiles of a problem: which are full, partial, skipped, and what speed-up that allows.",
+        "gnaflex plan 30x48x80 --window 18x24x24 --stride 16x8x8 --q-tile 4x8x8 --kv-tile 2x8x8 --dynamic",
+        _plan_arguments,
+        _plan,
+    ),
+    Verb(
+        "explain",
+        "Say in words, per axis, why tiles need a mask, and the cheapest change that mends it.",
+        "gnaflex explain 33x45x80 --window 18x24x24 --stride 16x8x8 --q-tile 4x8x8 --kv-tile 2x8x8",
+        _plan_arguments,
+        _explain,
+    ),
+    Verb(
+        "nearest",
+        "List the perfectly block-sparse problems closest to one, smallest change first.",
+        "gnaflex nearest 21x45x80 --window 18x24x24 --stride 5x6x7",
+        _nearest_arguments,
+        _nearest,
+    ),
+    Verb(
+        "search",
+        "Search windows, strides and tiles: the fastest, and the front of speed against what a query sees.",
+        "gnaflex search 30x48x80 --step 2 --min-sparsity 0.8",
+        _search_arguments,
+        _search,
+    ),
+    Verb(
+        "draw",
+        "Draw blocks, a query's window, tiles per query tile, or speed-up over strides: text or picture.",
+        "gnaflex draw 16x16 --window 8x8 --stride 4x4 --kind window --query 3x10",
+        _draw_arguments,
+        _draw,
+    ),
+    Verb(
+        "paper",
+        "Print the table of the paper (arXiv 2504.16922) beside what the planner counts.",
+        "gnaflex paper",
+        _json,
+        _paper,
+    ),
+)

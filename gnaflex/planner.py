@@ -142,7 +142,7 @@ class Plan:
             >>> print(gnaflex.plan(gnaflex.GNA(64, window=16, stride=16), (16,), (16,)).explain())
             Block-sparse: none of 4 visited tiles needs a mask; work speed-up 4.00 of at most 4.00.
         """
-        from gnaflex.searching import explain  # which builds on plans
+        from gnaflex.reasons import explain  # which builds on plans
 
         return explain(self)
 
@@ -184,7 +184,7 @@ def plan(
         raise GNAError(
             f'kv_tiling must be "static" or "dynamic": got {kv_tiling!r}. Write kv_tiling="static".'
         )
-    given = [_checked(name, tile, spec) for name, tile in (("q_tile", q_tile), ("kv_tile", kv_tile))]
+    given = [checked_tile(name, tile, spec) for name, tile in (("q_tile", q_tile), ("kv_tile", kv_tile))]
     if given[0] is None or given[1] is None:
         given = list(_best_tiles(spec, given[0], given[1], kv_tiling, q_rows, kv_rows))
     assert given[0] is not None
@@ -192,7 +192,8 @@ def plan(
     return Plan(spec, given[0], given[1], kv_tiling)
 
 
-def _checked(name: str, tile: Tile | None, spec: GNA) -> Tile | None:
+def checked_tile(name: str, tile: Tile | None, spec: GNA) -> Tile | None:
+    """A tile as integers, refused if it does not fit; None stays."""
     if tile is None:
         return None
     extents = tuple(int(extent) for extent in tile)
@@ -205,7 +206,7 @@ def _checked(name: str, tile: Tile | None, spec: GNA) -> Tile | None:
     return extents
 
 
-class _Ranges(NamedTuple):
+class Ranges(NamedTuple):
     """Per query tile of an axis its first query, the keys that some query sees, and those that all see."""
 
     start: IntArray
@@ -224,11 +225,11 @@ class _Ranges(NamedTuple):
         return visited, np.where(all_lo < all_hi, np.maximum(last - first, 0), 0), whole
 
 
-def _ranges(n: int, axis: Axis, q: int) -> _Ranges:
+def _ranges(n: int, axis: Axis, q: int) -> Ranges:
     pairs = relation(n, axis)
     start = np.arange(0, n, q)
     stop = np.minimum(start + q, n)
-    return _Ranges(start, pairs.any_of(start, stop), pairs.all_of(start, stop))
+    return Ranges(start, pairs.any_of(start, stop), pairs.all_of(start, stop))
 
 
 @lru_cache(maxsize=4096)

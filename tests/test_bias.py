@@ -17,9 +17,9 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 import gnaflex
 from gnaflex.bias import bias_of, coordinate_score_mod, coordinates_of, in_order, relative_bias, to_places
-from gnaflex.flex import own_record
 from gnaflex.layout import Layout, Slab
 from gnaflex.order import Document, Order
+from gnaflex.origin import own_record
 from gnaflex.spec import GNA, GNAError
 from gnaflex.tables import Tables
 

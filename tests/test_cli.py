@@ -10,8 +10,9 @@ import torch
 
 import gnaflex
 from gnaflex import cli
-from gnaflex.cli import FAILED, INTERRUPTED, OK, USAGE, VERBS, extents, main
+from gnaflex.cli import VERBS, main
 from gnaflex.reference import dense_mask
+from gnaflex.words import FAILED, INTERRUPTED, OK, USAGE, extents
 
 SOURCE = ["source", "8", "--window", "4"]
 

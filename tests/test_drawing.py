@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import doctest
 import itertools
 import math
 import random
@@ -446,11 +445,6 @@ def test_more_refusals(tmp_path):
 def test_a_dynamic_plan_draws_its_visits():
     how = plan(GNA(16, 6), (4,), (2,), "dynamic")
     assert draw(how, kind="tiles").splitlines()[2] == "3 5 5 4"
-
-
-def test_examples():
-    pytest.importorskip("matplotlib", reason="pictures need matplotlib")
-    assert doctest.testmod(drawing).failed == 0
 
 
 def test_drawing_itself_imports_neither_torch_nor_matplotlib():

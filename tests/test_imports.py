@@ -33,28 +33,38 @@ LAW = {
         *("spec", "blocks", "row_blocks", "tile_blocks", "layout", "order"),
         *("reorder", "tables", "cuts", "mask"),
     },
-    "derive": {"spec", "tiles", "layout", "order", "tables", "forms", "cuts", "mask", "flex"},
-    "bias": {"spec", "window", "layout", "order", "reorder", "tables", "cuts", "mask", "flex"},
+    "origin": {"spec", "reorder", "mask"},
+    "derive": {"spec", "tiles", "layout", "order", "tables", "forms", "cuts", "mask", "origin", "flex"},
+    "bias": {"spec", "window", "layout", "order", "reorder", "tables", "cuts", "mask", "origin", "flex"},
     "advice": {"spec", "tiles", "layout", "order", "blocks", "mask", "flex"},
     "reference": {"spec"},
     "gather_tiles": {"window", "tiles", "layout", "order", "reorder"},
     "gather": {"spec", "order", "tables", "mask", "gather_tiles"},
     "compiled": set(),
     "dispatch": {"spec", "order", "tables", "cuts", "mask", "flex", "compiled", "gather", "reference"},
-    "operators": {"spec", "cuts", "mask", "flex"},
+    "operators": {"spec", "cuts", "mask", "origin", "flex"},
     "checks": {"spec", "order", "mask", "dispatch"},
     "planner": {"spec", "window", "tiles"},
     "paper": {"spec", "planner"},
-    "plan_verbs": {"spec", "tiles", "planner", "searching"},
+    "words": {"spec"},
+    "plan_verbs": {"spec", "tiles", "planner", "searching", "words"},
     "timing": {"spec", "planner"},
     "drawn": {"spec", "window", "tiles", "planner"},
     "figures": {"spec", "window", "planner", "drawn"},
     "drawing": {"spec", "tiles", "planner", "drawn"},
-    "searching": {"spec", "window", "tiles", "planner"},
-    "door": {"spec", "layout", "order", "reorder", "mask", "flex", "advice", "dispatch", "checks"},
+    "axis_tables": {"spec", "window", "tiles", "planner"},
+    "nearby": {"spec", "window", "tiles", "planner", "axis_tables"},
+    "fewest": {"spec", "window", "axis_tables"},
+    "searching": {"spec", "window", "tiles", "planner", "axis_tables", "fewest"},
+    "reasons": {"spec", "planner", "axis_tables", "nearby"},
+    "door": {
+        *("spec", "layout", "order", "reorder", "mask", "origin", "flex"),
+        *("advice", "dispatch", "checks"),
+    },
 }
 NO_TORCH = {"spec", "window", "tiles", "layout", "order", "blocks", "row_blocks", "tile_blocks"}
-NO_TORCH |= {"planner", "paper", "plan_verbs", "timing", "drawn", "figures", "drawing", "searching"}
+NO_TORCH |= {"planner", "paper", "plan_verbs", "timing", "drawn", "figures", "drawing"}
+NO_TORCH |= {"axis_tables", "nearby", "fewest", "searching", "reasons"}
 
 
 def top_level_imports(path: Path) -> set[str]:

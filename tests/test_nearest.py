@@ -8,8 +8,9 @@ import random
 import pytest
 from cases import random_spec
 
+from gnaflex.nearby import nearest
 from gnaflex.planner import plan
-from gnaflex.searching import nearest, search
+from gnaflex.searching import search
 from gnaflex.spec import GNA, GNAError
 
 

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import doctest
 import itertools
 import math
 import time
 
 import pytest
 
-import gnaflex.searching as searching
+from gnaflex import fewest
+from gnaflex.nearby import nearest
 from gnaflex.planner import _boxes, plan
-from gnaflex.searching import explain, nearest, search
+from gnaflex.reasons import explain
+from gnaflex.searching import Row, search
 from gnaflex.spec import GNA, GNAError
 from gnaflex.tiles import allowed_pairs
 
@@ -166,7 +167,7 @@ def test_interrupt_removes_the_bar(monkeypatch):
     def interrupted(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(searching._Fewest, "_with", interrupted)
+    monkeypatch.setattr(fewest.Fewest, "_with", interrupted)
     with pytest.raises(KeyboardInterrupt):
         search((8, 8), progress=True)
     monkeypatch.undo()
@@ -175,7 +176,7 @@ def test_interrupt_removes_the_bar(monkeypatch):
 
 def test_margin_is_what_every_query_sees():
     for spec in every_problem((9,), 1, False):
-        row = searching.Row(spec, (1,), (1,), "static", 1, 1, 1, 1, 0, True, 1)
+        row = Row(spec, (1,), (1,), "static", 1, 1, 1, 1, 0, True, 1)
         windows = [row.plan().axes[0][0].needed[i] for i in range(9)]
         sure = max(
             m
@@ -257,7 +258,3 @@ axis 1: dilation 7 leaves groups of 4 tokens, which fill no query tile of 8 and 
 )
 def test_explain(spec, tiles, text):
     assert explain(plan(spec, *tiles)) == text
-
-
-def test_doctests():
-    assert doctest.testmod(searching).failed == 0

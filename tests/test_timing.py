@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import ast
 import dataclasses
-import doctest
 from pathlib import Path
 from typing import NamedTuple
 
@@ -269,10 +268,6 @@ def test_shares_and_steps_are_checked():
     ):
         with pytest.raises(GNAError, match="Write"):
             call()
-
-
-def test_doctests():
-    assert doctest.testmod(timing).failed == 0
 
 
 def test_a_torch_dtype_is_understood():
