@@ -1,4 +1,4 @@
-"""Drawings of a problem and how it tiles, as text of any size; no torch."""
+"""Drawings of a problem, how it tiles and what a search found, as text of any size; no torch."""
 
 from __future__ import annotations
 
@@ -15,6 +15,8 @@ from gnaflex.drawn import (
     Planes,
     coordinates,
     counts_line,
+    front_ends,
+    front_line,
     plane_title,
     seen_line,
     strides_of,
@@ -25,21 +27,23 @@ from gnaflex.drawn import (
     window_of,
 )
 from gnaflex.planner import KVTiling, Plan, plan
+from gnaflex.searching import SearchResult
 from gnaflex.spec import GNA, GNAError
 from gnaflex.tiles import Tile
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-Kind = Literal["blocks", "window", "tiles", "strides"]
+Kind = Literal["blocks", "window", "tiles", "strides", "front"]
+FRONT_LINES = 17  # of the text of a front
 SHADES = "·░▒▓█"
 SHARES = "█ all  ▓ over 2/3  ▒ over 1/3  ░ some  · none"
 
 
 def draw(
-    what: GNA | Plan,
+    what: GNA | Plan | SearchResult,
     *,
-    kind: Kind = "blocks",
+    kind: Kind | None = None,
     query: int | Sequence[int] | None = None,
     q_tile: Tile | None = None,
     kv_tile: Tile | None = None,
@@ -50,12 +54,14 @@ def draw(
     """A drawing as text; with ``path`` the same is also written as a picture (needs matplotlib).
 
     Args:
-        what: a problem, or a plan of it.
-        kind: "blocks": which key tiles (across) each query tile (down) visits, and how; row-major in every
-            dilation group, one group after another. Static tiling only: dynamic tiles lie on no grid.
+        what: a problem, a plan of it, or what :func:`gnaflex.search` found.
+        kind: "blocks", also if not given: which key tiles (across) each query tile (down) visits, and how;
+            row-major in every dilation group, one group after another. Static tiling only: dynamic tiles
+            lie on no grid.
             "window": the keys that one query sees. "tiles": how many key tiles each query tile visits,
             dilation group after group on each axis.
             "strides": ``work_speedup`` over the strides of each axis, the other axes and the tiles kept.
+            "front", of a search and for that alone: its Pareto front, speed-up over reach.
         query: of "window": coordinates, or a row-major token; the middle of the grid if not given.
         q_tile, kv_tile, kv_tiling: of a problem, as :func:`gnaflex.plan` takes them; unused by "window".
         width: characters in a line of the drawing (captions may be longer), and at most as many lines in a
@@ -76,8 +82,10 @@ def draw(
         ····██Q██···
         Q the query  █ a key it sees  · any other
     """
-    _check(what, kind, query, width)
-    if kind == "window":
+    kind = _checked_kind(what, kind, query, width)
+    if isinstance(what, SearchResult):
+        text = _front_text(what, width)
+    elif kind == "window":
         text = _window_text(what.spec if isinstance(what, Plan) else what, query, width)
     else:
         what = _planned(what, kind, q_tile, kv_tile, kv_tiling)
@@ -89,9 +97,9 @@ def draw(
 
 
 def figure(
-    what: GNA | Plan,
+    what: GNA | Plan | SearchResult,
     *,
-    kind: Kind = "blocks",
+    kind: Kind | None = None,
     query: int | Sequence[int] | None = None,
     q_tile: Tile | None = None,
     kv_tile: Tile | None = None,
@@ -109,13 +117,15 @@ def figure(
         >>> picture.axes[0].get_xlabel()
         'axis 1'
     """
-    _check(what, kind, query, 80)
+    kind = _checked_kind(what, kind, query, 80)
     try:
         import matplotlib  # noqa: F401
     except ImportError:
         raise GNAError("Pictures need matplotlib: pip install 'gnaflex[demo]'.") from None
     from gnaflex import figures
 
+    if isinstance(what, SearchResult):
+        return figures.front_figure(what)
     if kind == "window":
         return figures.window_figure(what.spec if isinstance(what, Plan) else what, query)
     how = _planned(what, kind, q_tile, kv_tile, kv_tiling)
@@ -126,15 +136,30 @@ def figure(
     }[kind](how)
 
 
-def _check(what: Any, kind: str, query: Any, width: int) -> None:
-    if not isinstance(what, GNA | Plan):
-        raise GNAError(f"what to draw must be a GNA or a Plan: got {type(what).__name__}. Write draw(spec).")
+def _checked_kind(what: Any, kind: Kind | None, query: Any, width: int) -> Kind:
+    if not isinstance(what, GNA | Plan | SearchResult):
+        raise GNAError(
+            f"what to draw must be a GNA, a Plan or a search's result: got {type(what).__name__}. "
+            "Write draw(spec)."
+        )
+    kind = kind or ("front" if isinstance(what, SearchResult) else "blocks")
     if kind not in get_args(Kind):
         raise GNAError(f'kind must be one of {get_args(Kind)}: got {kind!r}. Write kind="blocks".')
+    if isinstance(what, SearchResult) != (kind == "front"):
+        raise GNAError(
+            'kind="front" is for what a search found, and for that alone: '
+            f"got kind={kind!r} of a {type(what).__name__}.\n  Write draw(gnaflex.search(shape))."
+        )
+    if isinstance(what, SearchResult) and not what.front:
+        raise GNAError(
+            f"no problem qualifies, of {what.problems:,} windows and strides tried, so there is no front.\n"
+            "  Write gnaflex.search(shape, block_sparse=False), or widen the bounds of sparsity."
+        )
     if query is not None and kind != "window":
         raise GNAError(f'query is of use with kind="window" alone: got kind={kind!r}. Leave query out.')
     if width < 16:
         raise GNAError(f"width must be at least 16 characters: got {width}. Write width=80.")
+    return kind
 
 
 def _planned(
@@ -247,3 +272,15 @@ def _strides_text(p: Plan, width: int) -> str:
             note = " block-sparse" * one.is_block_sparse + " < given" * one.is_given
             lines.append(f"{one.stride:{digits}} {bar} {one.speedup:.2f}{note}")
     return "\n".join(lines)
+
+
+def _front_text(found: SearchResult, width: int) -> str:
+    speeds = np.log([row.speedup for row in found.front])
+    top, room = float(speeds.max()), width - 8
+    step = max(top - float(speeds.min()), 1e-9) / (FRONT_LINES - 1)
+    marks = np.full((FRONT_LINES, room), " ")
+    for row, speed in zip(found.front, speeds.tolist(), strict=True):
+        marks[round((top - speed) / step), min(round(row.reach * (room - 1)), room - 1)] = "●"
+    lines = [f"{np.exp(top - at * step):6.2f} │{''.join(line)}".rstrip() for at, line in enumerate(marks)]
+    ends = f"{'':8}{'0%':4}{'reach':^{room - 8}}100%"
+    return "\n".join([front_line(found), *lines, f"{'':6} └{'─' * room}", ends, *front_ends(found)])

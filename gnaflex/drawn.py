@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gnaflex.planner import Plan
+from gnaflex.searching import Row, SearchResult
 from gnaflex.spec import GNA, Axis, GNAError
 from gnaflex.tiles import relation
 from gnaflex.window import IntArray
@@ -240,3 +241,22 @@ def plane_title(shape: tuple[int, ...], run: tuple[int, int]) -> str:
 def tiles_line(p: Plan) -> str:
     """The tiles of a plan."""
     return f"query tiles {p.q_tile}, key tiles {p.kv_tile}, {p.kv_tiling}"
+
+
+def front_line(found: SearchResult) -> str:
+    """What a search tried, and how much of it is on the front."""
+    of = f"{len(found.front):,} of {found.problems:,} windows and strides"
+    return f"{found.front[0].spec.shape}: speed-up over reach, the front of {of}"
+
+
+def front_ends(found: SearchResult) -> list[str]:
+    """The fastest problem on the front and the one that reaches farthest."""
+    ends = {"fastest": found.front[0], "farthest": found.front[-1]}
+    return [f"{name}: {row_line(row)}" for name, row in ends.items()]
+
+
+def row_line(row: Row) -> str:
+    """A problem found, shortly."""
+    sizes = ("x".join(map(str, extents)) for extents in (row.spec.window, row.spec.stride))
+    window, stride = sizes
+    return f"window {window} stride {stride}, {row.speedup:.2f} at reach {row.reach:.0%}"

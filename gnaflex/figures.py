@@ -14,7 +14,9 @@ from gnaflex.drawn import (
     Planes,
     coordinates,
     counts_line,
+    front_line,
     plane_title,
+    row_line,
     seen_line,
     strides_of,
     tile_grid,
@@ -24,6 +26,7 @@ from gnaflex.drawn import (
     window_of,
 )
 from gnaflex.planner import Plan
+from gnaflex.searching import SearchResult
 from gnaflex.spec import GNA
 from gnaflex.window import IntArray
 
@@ -35,6 +38,7 @@ COLORS = ("#eef1f4", "#f2a541", "#7fb2dd", "#1f5a94")  # of these kinds
 QUERY_COLOR = "#d7263d"
 MAP_CELLS = 900  # a side of a block map in a PNG; more would be less than a pixel
 PANELS = 24  # planes in a PNG
+NAMED = 7  # problems of a front whose windows are written out
 
 
 def _canvas(title: str, panels: int, size: tuple[float, float]) -> tuple[Figure, list[Axes]]:
@@ -156,4 +160,27 @@ def strides_figure(p: Plan) -> Figure:
         ax.tick_params(axis="x", labelsize=7)
         bars[[one.is_given for one in row].index(True)].set(edgecolor=QUERY_COLOR, linewidth=2)
     _color_key(picture, {"block-sparse": COLORS[3], "needs masks": COLORS[1]})
+    return picture
+
+
+def front_figure(found: SearchResult) -> Figure:
+    """The front of a search: speed-up (logarithmic) over reach, some problems by name."""
+    picture, (ax,) = _canvas(front_line(found), 1, (9.0, 5.5))
+    reach, speed = [100 * row.reach for row in found.front], [row.speedup for row in found.front]
+    ax.plot(reach, speed, "o-", drawstyle="steps-pre", color=COLORS[3], markersize=4, linewidth=1)
+    even = np.linspace(reach[0], reach[-1], NAMED)
+    for at in sorted({int(np.abs(np.array(reach) - one).argmin()) for one in even}):
+        above = reach[at] < 50  # else the text stands left of the curve, below
+        ax.plot(reach[at], speed[at], "o", color=QUERY_COLOR, markersize=6)
+        ax.annotate(
+            row_line(found.front[at]),
+            (reach[at], speed[at]),
+            (8, 4) if above else (-8, -4),
+            textcoords="offset points",
+            fontsize=8,
+            ha="left" if above else "right",
+            va="bottom" if above else "top",
+        )
+    ax.set(xlim=(0, 102), yscale="log", xlabel="reach, % of an axis (geometric mean)", ylabel="speed-up")
+    ax.grid(alpha=0.3, which="both")
     return picture

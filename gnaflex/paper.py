@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 from gnaflex.planner import Plan, plan
 from gnaflex.spec import GNA
+from gnaflex.timing import end_to_end, estimate, sparse_share
 
 
 class Model(NamedTuple):
@@ -24,6 +25,11 @@ class Model(NamedTuple):
     attention_share: float
     steps: int
     dense_steps: int
+
+    @property
+    def sparse_share(self) -> float:
+        """The share of the steps that is sparse when the first ones stay dense."""
+        return sparse_share(self.steps, self.dense_steps)
 
 
 class EndToEnd(NamedTuple):
@@ -48,6 +54,19 @@ class Configuration(NamedTuple):
         """The row under the paper's tiles, static key tiles as in its simulator."""
         spec = GNA(self.model.shape, self.window, self.stride)
         return plan(spec, self.model.q_tile, self.model.kv_tile)
+
+    def simulated(self, share: float = 1.0) -> float:
+        """The whole model's speed-up as the paper's simulator has it, by the busiest query tile; ``share`` of
+        the steps sparse."""
+        return end_to_end(self.plan.tile_speedup_worst, self.model.attention_share, share)
+
+    def estimated(self, share: float = 1.0) -> float:
+        """That on B200 with NATTEN's kernel by :func:`gnaflex.estimate`, tokens permuted once per model."""
+        model = self.model
+        call = estimate(
+            *(self.plan, model.heads, model.head_dim, "float16", "B200"), backend="natten", permute=False
+        )
+        return end_to_end(call.speedup, model.attention_share, share)
 
 
 FLUX = Model("FLUX.1-dev 4K", (256, 256), 24, 128, (16, 16), (16, 8), 0.518, 28, 9)

@@ -97,6 +97,8 @@ def print_paper(as_json: bool) -> None:
                 plan_fields(row.plan)
                 | {
                     "model": row.model.name,
+                    "simulated_all_steps": row.simulated(),
+                    "estimated_all_steps": row.estimated(),
                     "printed_all_steps": row.all_steps and row.all_steps._asdict(),
                     "printed_with_dense_steps": row.with_dense_steps and row.with_dense_steps._asdict(),
                 }
@@ -106,17 +108,16 @@ def print_paper(as_json: bool) -> None:
         return
     rows = []
     for row in CONFIGURATIONS:
-        plan, model = row.plan, row.model
-        share = model.attention_share
-        found = 1 / (1 - share + share / plan.tile_speedup_worst)
-        printed = ("", "") if row.all_steps is None else (row.all_steps.simulated, row.all_steps.measured)
+        plan, printed = row.plan, row.all_steps
+        simulated, measured = ("", "") if printed is None else (printed.simulated, printed.measured)
         mark = "yes" if plan.is_block_sparse else ""
         rows.append(
-            (model.name.removesuffix(" 4K"), by(row.window), by(row.stride), plan.flop_speedup,
-             plan.tile_speedup_worst, plan.tile_speedup_mean, mark, found, *printed)
+            (row.model.name.removesuffix(" 4K"), by(row.window), by(row.stride), plan.flop_speedup,
+             plan.tile_speedup_worst, plan.tile_speedup_mean, mark,
+             row.simulated(), simulated, row.estimated(), measured)
         )  # fmt: skip
     columns = ("model", "window", "stride", "FLOPs", "worst\ntile", "mean\ntile", "block\nsparse")
-    end = ("model\nwhole", "paper\nsim.", "paper\nB200")
+    end = ("whole\nmodel", "paper\nsim.", "est.\nB200", "paper\nB200")
     print_table("arXiv 2504.16922: speed-ups with every step sparse", (*columns, *end), rows)
 
 
@@ -256,6 +257,7 @@ def _search_arguments(parser: argparse.ArgumentParser) -> None:
     names = ("speedup", "efficiency", "reach")
     parser.add_argument("--objective", choices=names, default="speedup", help="what sorts the rows")
     parser.add_argument("--limit", type=positive, default=20, help="how many rows (default 20)")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="draw the front: a .png, .pdf or .svg")
     _json(parser)
 
 
@@ -276,6 +278,10 @@ def _search(options: argparse.Namespace) -> None:
         progress=not options.json and sys.stderr.isatty(),
         limit=options.limit,
     )
+    if options.out:
+        from gnaflex.drawing import draw
+
+        draw(found, path=options.out)
     print_search(found, options.json)
 
 

@@ -18,6 +18,7 @@ from gnaflex import drawing, drawn
 from gnaflex.drawing import draw, figure
 from gnaflex.planner import plan
 from gnaflex.reference import allowed_keys, dense_mask
+from gnaflex.searching import search
 from gnaflex.spec import GNA, GNAError
 
 VIDEO = GNA((30, 48, 80), (18, 24, 24), (16, 8, 8))
@@ -431,7 +432,7 @@ def test_refusals(message, arguments):
 
 
 def test_more_refusals(tmp_path):
-    with pytest.raises(GNAError, match="must be a GNA or a Plan: got int"):
+    with pytest.raises(GNAError, match="must be a GNA, a Plan or a search's result: got int"):
         draw(20)
     with pytest.raises(GNAError, match="a Plan has its tiles"):
         draw(plan(GNA(20, 4)), q_tile=(4,))
@@ -445,6 +446,60 @@ def test_more_refusals(tmp_path):
 def test_a_dynamic_plan_draws_its_visits():
     how = plan(GNA(16, 6), (4,), (2,), "dynamic")
     assert draw(how, kind="tiles").splitlines()[2] == "3 5 5 4"
+
+
+FRONT = """
+(16,): speed-up over reach, the front of 4 of 136 windows and strides
+  4.00 │        ●
+  3.67 │
+  3.36 │
+  3.08 │
+  2.83 │
+  2.59 │
+  2.38 │
+  2.18 │
+  2.00 │                ●
+  1.83 │
+  1.68 │
+  1.54 │
+  1.41 │
+  1.30 │                       ●
+  1.19 │
+  1.09 │
+  1.00 │                               ●
+       └────────────────────────────────
+        0%           reach          100%
+fastest: window 4 stride 4, 4.00 at reach 25%
+farthest: window 16 stride 1, 1.00 at reach 100%
+"""
+
+
+def test_the_front_of_a_search():
+    found = search((16,), q_rows=4, kv_rows=4)
+    assert draw(found, width=40) == FRONT.strip("\n")
+    one = search((16,), windows=[16])
+    assert draw(one).count("●") == len(one.front) == 1
+    assert max(map(len, draw(search((8, 12)), width=50).splitlines()[1:-2])) <= 50
+
+
+def test_the_front_as_a_picture(tmp_path):
+    pytest.importorskip("matplotlib", reason="pictures need matplotlib")
+    found = search((12, 16))
+    drawn_line = figure(found).axes[0].lines[0]
+    assert drawn_line.get_ydata() == pytest.approx([row.speedup for row in found.front])
+    assert drawn_line.get_xdata() == pytest.approx([100 * row.reach for row in found.front])
+    draw(found, path=tmp_path / "front.png")
+    assert (tmp_path / "front.png").stat().st_size > 10_000
+
+
+def test_a_front_is_a_searchs_alone():
+    found = search((16,), q_rows=4, kv_rows=4)
+    with pytest.raises(GNAError, match="for what a search found"):
+        draw(GNA(20, 4), kind="front")
+    with pytest.raises(GNAError, match="got kind='blocks' of a SearchResult"):
+        draw(found, kind="blocks")
+    with pytest.raises(GNAError, match="no problem qualifies, of 136 windows"):
+        draw(search((16,), min_sparsity=0.99))
 
 
 def test_drawing_itself_imports_neither_torch_nor_matplotlib():

@@ -66,7 +66,7 @@ def test_paper(capsys):
     assert "…" not in out
     lines = [line for line in out.splitlines() if line.lstrip().startswith(("FLUX", "Cosmos", "Hunyuan"))]
     assert len(lines) == len(CONFIGURATIONS)
-    assert " ".join(lines[14].split()) == "HunyuanVideo 18x24x24 1x1x1 11.11 3.27 5.24 1.73 1.73 1.73"
+    assert " ".join(lines[14].split()) == "HunyuanVideo 18x24x24 1x1x1 11.11 3.27 5.24 1.73 1.73 1.72 1.73"
     rows = json.loads(run(capsys, "paper", "--json")[1])
     assert rows[2]["printed_all_steps"] == {"flop": 1.88, "simulated": 1.88, "measured": 1.82}
     assert rows[3]["printed_all_steps"] is None
@@ -93,7 +93,7 @@ def test_nearest(capsys):
     assert [one["distance"] for one in found] == sorted(one["distance"] for one in found)
 
 
-def test_search(capsys):
+def test_search(capsys, tmp_path):
     words = ("8x16", "--step", "4", "--limit", "4")
     code, out, _ = run(capsys, "search", *words)
     assert code == 0
@@ -101,6 +101,12 @@ def test_search(capsys):
     found = json.loads(run(capsys, "search", *words, "--json")[1])
     assert 0 < len(found["rows"]) <= 4
     assert all(one["is_block_sparse"] for one in found["rows"] + found["front"])
+    pytest.importorskip("matplotlib")
+    assert run(capsys, "search", *words, "--out", str(tmp_path / "front.png"))[0] == 0
+    assert (tmp_path / "front.png").stat().st_size > 5000
+    code, _, err = run(capsys, "search", *words, "--min-sparsity", "2")
+    assert code == 2
+    assert "min_sparsity=2.0" in err
     speedups = [one["speedup"] for one in found["rows"]]
     assert speedups == sorted(speedups, reverse=True)
 

@@ -98,20 +98,16 @@ def time_rows(published: Published) -> list[Row]:
 def end_to_end_rows(one: Configuration) -> list[Row]:
     """What the paper prints from its simulator, which must follow from the busiest tile, and what it measured
     on B200, which the model predicts for layers that stay in tile-major order."""
-    model, problem = one.model, one.plan
-    guess = estimate(problem, model.heads, model.head_dim, "float16", "B200", backend="natten", permute=False)
     rows = []
     for printed, steps, share in (
         (one.all_steps, "every step", 1.0),
-        (one.with_dense_steps, "dense steps first", sparse_share(model.steps, model.dense_steps)),
+        (one.with_dense_steps, "dense steps first", one.model.sparse_share),
     ):
         if printed:
-            what = f"{model.name}, stride {'x'.join(map(str, one.stride))}, {steps}"
-            bound = end_to_end(problem.tile_speedup_worst, model.attention_share, share)
-            ours = end_to_end(guess.speedup, model.attention_share, share)
+            what = f"{one.model.name}, stride {'x'.join(map(str, one.stride))}, {steps}"
             rows += [
-                Row("simulated", what, "x", printed.simulated, bound),
-                Row("measured", what, "x", printed.measured, ours),
+                Row("simulated", what, "x", printed.simulated, one.simulated(share)),
+                Row("measured", what, "x", printed.measured, one.estimated(share)),
             ]
     return rows
 
@@ -282,13 +278,32 @@ def test_the_module_imports_no_torch():
     assert not any("torch" in ast.unparse(node) for node in imports)
 
 
+COLUMNS = ("dense", "stride 1", "permutation", "total", "block-sparse", "permutation", "total")
+
+
+def readme_table() -> str:
+    """NATTEN's times beside the predicted ones, and the worst error of a column, in Markdown."""
+    lines = ["| ms, published → predicted | " + " | ".join(COLUMNS) + " |", "|---" * 8 + "|"]
+    for published in PUBLISHED:
+        cells = [f"{row.published:.1f} → {row.predicted:.1f}" for row in time_rows(published)]
+        lines.append(f"| {published.model.name}, {published.device} | {' | '.join(cells)} |")
+    worst = worst_errors()
+    cells = [f"{100 * worst[name]:+.1f} %" for name in COLUMNS]
+    return "\n".join([*lines, f"| worst error | {' | '.join(cells)} |"])
+
+
+def test_the_readme_shows_this_table_and_the_worst_error():
+    readme = (Path(__file__).parents[1] / "README.md").read_text()
+    assert readme_table() in readme
+    assert f"worst {100 * worst_errors()['measured']:+.1f} %" in readme
+
+
 def main() -> None:
-    print("| | | published | predicted | error |\n|---|---|---|---|---|")
     for row in published_against_predicted():
         digits = 2 if row.unit == "x" else 1
         figures = f"{row.published:.{digits}f} {row.unit} | {row.predicted:.{digits}f} {row.unit}"
         print(f"| {row.group} | {row.what} | {figures} | {100 * row.error:+.1f} % |")
-    print("\nWorst:", ", ".join(f"{group} {100 * error:+.1f} %" for group, error in worst_errors().items()))
+    print("\n" + readme_table())
 
 
 if __name__ == "__main__":
