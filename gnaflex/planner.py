@@ -8,14 +8,12 @@ beside them, which knows how the query grid rounds.
 
 from __future__ import annotations
 
-import functools
 import math
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
-import numpy.typing as npt
 
 from gnaflex.spec import GNA, Axis, GNAError
 from gnaflex.tiles import Tile, allowed_pairs, groups, relation
@@ -260,7 +258,7 @@ def _best_tiles(
     bound = np.ones(len(q_boxes))
     for a, axis in enumerate(spec.axes):
         extents, at = np.unique(q_boxes[:, a], return_inverse=True)
-        bound *= np.array([_needed_keys(axis, q) for q in extents.tolist()])[at]
+        bound *= _needed_keys(axis, tuple(extents.tolist()))[at]
     bound /= kv_boxes.prod(axis=1).max()
     order = np.argsort(bound, kind="stable")
     best, found = (math.inf, math.inf), (0, 0)
@@ -268,45 +266,55 @@ def _best_tiles(
         some = order[first : first + CHUNK]
         if bound[some[0]] > best[0]:
             break
-        visited, partial = _weighed(spec, q_boxes[some], kv_boxes, kv_tiling)
-        fewest = np.flatnonzero(visited == visited.min())
-        at = int(fewest[partial.flat[fewest].argmin()])
-        here = float(visited.flat[at]), float(partial.flat[at])
+        here, at = _fewest(spec, q_boxes, some, kv_boxes, kv_tiling)
         if here < best:
-            best, found = here, (int(some[at // len(kv_boxes)]), at % len(kv_boxes))
+            best, found = here, at
     return tuple(q_boxes[found[0]].tolist()), tuple(kv_boxes[found[1]].tolist())
 
 
 @lru_cache(maxsize=64)
 def _boxes(rows: int, lengths: tuple[int, ...]) -> IntArray:
     """Every box that fills more than half of ``rows`` tokens, or of a smaller grid; [boxes, axes]."""
-    extents = [np.arange(1, min(rows, length) + 1) for length in lengths]
-    room = functools.reduce(np.multiply.outer, extents)
-    at = np.nonzero((room <= rows) & (2 * room > min(rows, math.prod(lengths))))
-    return np.stack([axis[i] for axis, i in zip(extents, at, strict=True)], axis=1)
+    boxes, tokens = np.zeros((1, 0), np.int64), np.ones(1, np.int64)
+    for length in lengths:
+        extents = np.arange(1, min(rows, length) + 1)
+        product = np.multiply.outer(tokens, extents)
+        box, extent = np.nonzero(product <= rows)
+        boxes = np.column_stack([boxes[box], extents[extent]])
+        tokens = product[box, extent]
+    return boxes[2 * tokens > min(rows, math.prod(lengths))]
 
 
 @lru_cache(maxsize=4096)
-def _needed_keys(axis: Axis, q: int) -> int:
-    """Keys that query tiles of an axis need, summed over the tiles."""
-    ranges = [(group, _ranges(group.n, axis, q).needed) for group in groups(axis)]
-    return sum(len(group.members) * int((hi - lo).sum()) for group, (lo, hi) in ranges)
+def _needed_keys(axis: Axis, q_extents: Tile) -> IntArray:
+    """Keys that the query tiles of an axis need, summed over the tiles, for each of their extents."""
+    totals = np.zeros(len(q_extents), np.int64)
+    for n, members in groups(axis):
+        starts = [np.arange(0, n, q) for q in q_extents]
+        counts = np.array([len(start) for start in starts])
+        start = np.concatenate(starts)
+        lo, hi = relation(n, axis).any_of(start, np.minimum(start + np.repeat(q_extents, counts), n))
+        totals += len(members) * np.add.reduceat(hi - lo, np.cumsum(counts) - counts)
+    return totals
 
 
-def _weighed(
-    spec: GNA, q_boxes: IntArray, kv_boxes: IntArray, kv_tiling: KVTiling
-) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
-    """Visited tiles, and those of them that need a mask, [query boxes, key boxes]."""
-    visited = np.ones((len(q_boxes), len(kv_boxes)))
-    unmasked = np.ones_like(visited)
+def _fewest(
+    spec: GNA, q_boxes: IntArray, some: IntArray, kv_boxes: IntArray, kv_tiling: KVTiling
+) -> tuple[tuple[float, float], tuple[int, int]]:
+    """Of ``some`` query boxes with all key boxes the pair with the fewest (visited, masked) tiles."""
+    visited = np.ones((len(some), len(kv_boxes)))
+    axes = []
     for a, axis in enumerate(spec.axes):
-        q_extents, q_at = np.unique(q_boxes[:, a], return_inverse=True)
+        q_extents, q_at = np.unique(q_boxes[some, a], return_inverse=True)
         kv_extents, kv_at = np.unique(kv_boxes[:, a], return_inverse=True)
         rows = [_axis_totals(axis, q, tuple(kv_extents.tolist()), kv_tiling) for q in q_extents.tolist()]
-        seen, clear = (np.stack([row[at] for row in rows]) for at in range(2))
-        visited *= seen[q_at[:, None], kv_at]
-        unmasked *= clear[q_at[:, None], kv_at]
-    return visited, visited - unmasked
+        seen, unmasked = (np.stack([row[at] for row in rows]) for at in range(2))
+        visited *= seen[:, kv_at][q_at]
+        axes.append((unmasked, q_at, kv_at))
+    q, kv = np.nonzero(visited == visited.min())
+    masked = visited[q, kv] - math.prod(unmasked[q_at[q], kv_at[kv]] for unmasked, q_at, kv_at in axes)
+    at = int(masked.argmin())
+    return (float(visited.min()), float(masked[at])), (int(some[q[at]]), int(kv[at]))
 
 
 @lru_cache(maxsize=4096)
