@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 from torch.nn.functional import pad, unfold
 
+from gnaflex.figures import COLORS, QUERY_COLOR
 from gnaflex.origin import own_record
 from gnaflex.reference import allowed_keys
 
@@ -24,8 +25,7 @@ if TYPE_CHECKING:
 
 PATCH = 5
 KINDS = ("empty", "partial", "full")
-COLORS = ("#eef1f4", "#f2a541", "#1f5a94")
-WINDOW_COLOR = "#d7263d"
+BLOCK_COLORS = (COLORS[0], COLORS[1], COLORS[3])  # FlexAttention's lists know no clipped blocks
 QUERY_PLACES = ((0.3, 0.42), (0.3, 0.82))  # parts of height and width: on the face, and beside it
 LABEL = {"facecolor": "black", "edgecolor": "none", "alpha": 0.6, "pad": 2}
 MAP_BLOCKS = 96  # columns of a block map that are drawn; more would blur at 300 pixels
@@ -169,9 +169,9 @@ def _color_key() -> list[Any]:
 
     key = [
         Patch(facecolor=color, edgecolor="#8a929a", label=f"{kind} block")
-        for kind, color in zip(KINDS, COLORS, strict=True)
+        for kind, color in zip(KINDS, BLOCK_COLORS, strict=True)
     ]
-    return [*key, Patch(facecolor="none", edgecolor=WINDOW_COLOR, label="keys that the query (dot) sees")]
+    return [*key, Patch(facecolor="none", edgecolor=QUERY_COLOR, label="keys that the query (dot) sees")]
 
 
 def _image(ax: Axes, image: Tensor, title: str) -> None:
@@ -190,7 +190,7 @@ def _block_map(ax: Axes, bm: BlockMask, title: str, ratio: float) -> None:
     first = [(n - size) // 2 for n, size in zip(kinds.shape, shape, strict=True)]
     part = kinds[first[0] : first[0] + shape[0], first[1] : first[1] + shape[1]]
     extent = (first[1], first[1] + part.shape[1], first[0] + part.shape[0], first[0])
-    ax.imshow(part, cmap=ListedColormap(COLORS), vmin=0, vmax=2, interpolation="nearest", extent=extent)
+    ax.imshow(part, cmap=ListedColormap(BLOCK_COLORS), vmin=0, vmax=2, interpolation="nearest", extent=extent)
     counts = count_blocks(bm)
     visited = f"{counts.visited:,} of {counts.total:,} blocks, {counts.full:,} full"
     ax.set_title(f"{title}\n{visited}", fontsize=10)
@@ -209,10 +209,12 @@ def _keys(ax: Axes, bm: BlockMask, place: tuple[float, float], title: str) -> No
     row = block_kinds(bm)[y // tile[0] * columns + x // tile[1]]
     for block in np.flatnonzero(row):
         corner = (block // columns * tile[0], block % columns * tile[1])
-        _box(ax, corner, tile, facecolor=COLORS[row[block]], edgecolor="white", alpha=0.55, linewidth=0.6)
+        _box(
+            ax, corner, tile, facecolor=BLOCK_COLORS[row[block]], edgecolor="white", alpha=0.55, linewidth=0.6
+        )
     keys = np.stack(np.unravel_index(sorted(allowed_keys(layout.spec, y * width + x)), (height, width)))
-    _box(ax, keys.min(1), np.ptp(keys, 1) + 1, facecolor="none", edgecolor=WINDOW_COLOR, linewidth=1.6)
-    ax.plot(x, y, "o", color=WINDOW_COLOR, markersize=4)
+    _box(ax, keys.min(1), np.ptp(keys, 1) + 1, facecolor="none", edgecolor=QUERY_COLOR, linewidth=1.6)
+    ax.plot(x, y, "o", color=QUERY_COLOR, markersize=4)
     below = min((y // tile[0] + 4) * tile[0] + 2, height - 12)
     ax.text(x, below, title.replace(", ", "\n"), color="white", fontsize=8, ha="center", va="top", bbox=LABEL)
 

@@ -51,13 +51,18 @@ def row_major_mask(documents, prefix=0, suffix=0, extra_kv=0) -> np.ndarray:
         for axis, x in zip(spec.axes, grid_coordinates(spec), strict=True):
             grid &= axis_pairs(axis, x[:, None], x[None, :])
         blocks.append(np.pad(grid, ((prefix, suffix), (prefix, suffix + extra_kv)), constant_values=True))
-    mask = np.zeros(np.sum([block.shape for block in blocks], axis=0), bool)
+    return block_diagonal(blocks)
+
+
+def block_diagonal(masks):
+    """Masks that do not see one another, as one."""
+    out = np.zeros(np.sum([mask.shape for mask in masks], axis=0), bool)
     row = column = 0
-    for block in blocks:
-        rows, columns = block.shape
-        mask[row : row + rows, column : column + columns] = block
+    for mask in masks:
+        rows, columns = mask.shape
+        out[row : row + rows, column : column + columns] = mask
         row, column = row + rows, column + columns
-    return mask
+    return out
 
 
 def grid_coordinates(spec: GNA):

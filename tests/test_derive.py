@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from cases import random_spec
-from joint import attend, joint_mask, joint_order
+from joint import attend, block_diagonal, joint_mask, joint_order
 from orders import blocked, random_tiles
 from test_joint import (
     FORMS,
@@ -31,17 +31,6 @@ from gnaflex.reference import dense_mask
 from gnaflex.spec import GNA, GNAError
 
 # ---- packed grids ------------------------------------------------------------------------------------
-
-
-def block_diagonal(masks):
-    """Masks that do not see one another."""
-    out = np.zeros(np.sum([mask.shape for mask in masks], axis=0), bool)
-    row = column = 0
-    for mask in masks:
-        rows, columns = mask.shape
-        out[row : row + rows, column : column + columns] = mask
-        row, column = row + rows, column + columns
-    return out
 
 
 def packed_mask(specs, tiles, prefix, suffix):
