@@ -48,7 +48,7 @@ NEAREST = "gnaflex.nearest(gnaflex.GNA({}, (18, 24, 24), (5, 6, 7)))"
 
 def measure(quick: bool) -> Iterator[Row]:
     """Rows in order; every figure is a first call in a fresh process."""
-    runs = 3 if quick else 15
+    runs = 3 if quick else 7
     for what, spec in CASES.items():
         for name, tiles in (("tiles given", "(4, 8, 8), (2, 8, 8), "), ("best tiles", "")):
             for tiling in ("static", "dynamic"):

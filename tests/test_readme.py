@@ -68,6 +68,27 @@ def test_figures_of_joint_masks_stand_in_a_results_file():
     assert rows["graphs over ten windows, prompts and biases of one grid"] == 1
 
 
+def test_figures_of_planning_stand_in_a_results_file():
+    (path,) = (ROOT / "benchmarks" / "results").glob("*/planning.json")
+    rows = {row["what"]: row for row in json.loads(path.read_text())["rows"]}
+    said = re.search(
+        r"takes ([\d.]+) to ([\d.]+) ms with.*?and ([\d.]+) to ([\d.]+) ms with", README
+    ).groups()
+    for (least, most), kind in zip((said[:2], said[2:]), ("tiles given", "best tiles"), strict=True):
+        medians = [
+            row["median"] for what, row in rows.items() if what.startswith("plan 128") and kind in what
+        ]
+        assert float(least) == pytest.approx(min(medians), rel=0.15)
+        assert float(most) == pytest.approx(max(medians), rel=0.05)
+    many = rows["plan random 3-D problems of 1.2 M tokens, best tiles"]
+    said = re.search(r"3-D problems ([\d.]+) ms \(at most ([\d.]+)\)", README).groups()
+    assert [float(one) for one in said] == pytest.approx([many["median"], many["high"]], rel=0.02)
+    searched = [row["median"] for what, row in rows.items() if what.startswith("search")]
+    assert float(re.search(r"are searched in ([\d.]+) s", README).group(1)) == pytest.approx(
+        max(searched), rel=0.05
+    )
+
+
 def test_the_papers_table_is_what_the_planner_counts():
     from gnaflex.paper import CONFIGURATIONS
 
