@@ -307,7 +307,7 @@ def _fewest(
     for a, axis in enumerate(spec.axes):
         q_extents, q_at = np.unique(q_boxes[some, a], return_inverse=True)
         kv_extents, kv_at = np.unique(kv_boxes[:, a], return_inverse=True)
-        rows = [_axis_totals(axis, q, tuple(kv_extents.tolist()), kv_tiling) for q in q_extents.tolist()]
+        rows = [axis_totals(axis, q, tuple(kv_extents.tolist()), kv_tiling) for q in q_extents.tolist()]
         seen, unmasked = (np.stack([row[at] for row in rows]) for at in range(2))
         visited *= seen[:, kv_at][q_at]
         axes.append((unmasked, q_at, kv_at))
@@ -318,7 +318,7 @@ def _fewest(
 
 
 @lru_cache(maxsize=4096)
-def _axis_totals(axis: Axis, q: int, kv_extents: Tile, kv_tiling: KVTiling) -> IntArray:
+def axis_totals(axis: Axis, q: int, kv_extents: Tile, kv_tiling: KVTiling) -> IntArray:
     """Visited and unmasked key tiles of an axis, [2, key extents], all dilation groups together."""
     totals = np.zeros((2, len(kv_extents)), np.int64)
     kv = np.array(kv_extents)[:, None]

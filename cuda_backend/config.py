@@ -1,0 +1,69 @@
+"""What a kernel is compiled for: one frozen record, and which records are legal; no torch, no cutlass."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from gnaflex.cuda_backend.tile_walk import KV_ROWS, KV_STEP, Q_ROWS, Q_STEP
+
+from gnaflex.tiles import Tile
+
+DTYPES = ("bfloat16", "float16")
+HEAD_DIMS = (64, 128)
+ARCHITECTURES = ("sm_90a",)
+SHARED_MEMORY = 232_448  # bytes of a block, 227 KiB: CUDA C++ Programming Guide, compute capability 9.0
+MOST_STAGES = 4
+BARRIER_BYTES = 1024
+MOST_EXTENT = 256  # of a TMA box, per axis
+MOST_AXES = 3  # a tensor map has five modes; channels and heads take two
+
+
+@dataclass(frozen=True)
+class KernelConfig:
+    """A variant: what is fixed when it is compiled. Extents per axis, the last axis fastest."""
+
+    arch: str
+    dtype: str
+    head_dim: int
+    q_box: Tile
+    kv_box: Tile
+
+    @property
+    def rank(self) -> int:
+        """Axes of the grid."""
+        return len(self.q_box)
+
+    @property
+    def kv_rows(self) -> int:
+        """Keys of a tile: columns of the scores."""
+        return math.prod(self.kv_box)
+
+    @property
+    def stages(self) -> int:
+        """Key tiles, and value tiles, in flight: as many as fit beside the queries and the output."""
+        row = 2 * self.head_dim
+        room = SHARED_MEMORY - BARRIER_BYTES - 2 * Q_ROWS * row
+        return min(room // (2 * self.kv_rows * row), MOST_STAGES)
+
+
+def obstacles(config: KernelConfig) -> list[str]:
+    """Every reason why a variant cannot be compiled; none for a legal one."""
+    why = []
+    for name, value, known in (
+        ("architecture", config.arch, ARCHITECTURES),
+        ("dtype", config.dtype, DTYPES),
+        ("head_dim", config.head_dim, HEAD_DIMS),
+    ):
+        if value not in known:
+            why.append(f"{name} must be {' or '.join(map(str, known))}: got {value}")
+    if not 1 <= config.rank == len(config.kv_box) <= MOST_AXES:
+        why.append(f"boxes need 1 to {MOST_AXES} axes, as many for queries as for keys")
+    for name, box, rows, step in (
+        ("query", config.q_box, Q_ROWS, Q_STEP),
+        ("key", config.kv_box, KV_ROWS, KV_STEP),
+    ):
+        tokens = math.prod(box)
+        if min(box) < 1 or max(box) > MOST_EXTENT or tokens > rows or tokens % step:
+            why.append(f"a {name} box must hold a multiple of {step} tokens, at most {rows}: got {box}")
+    return why

@@ -1,0 +1,567 @@
+"""Forward attention on Hopper (sm_90a): a box of queries over boxes of keys, straight from row-major tokens.
+
+One block has 128 query rows and three warp groups. A producer warp brings boxes of Q, K and V into shared
+memory by TMA, at any token as origin; two consumer groups of 64 rows each compute
+
+    S = Q K^T;  m, l, P = softmax(S), running;  O = O * correction + P V
+
+with S of the next tile on the tensor cores while P V of this one is. Outputs leave through shared memory, row
+by row, as only the token's own coordinates say whether a row exists.
+
+Barriers, per stage and shared by both groups: full (TMA's bytes), empty (one arrival per consumer thread).
+Tile ``n`` of a block, counted over all its work, is in stage ``n % stages``, phase ``n // stages % 2``.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import cutlass
+import cutlass.cute as cute
+import cutlass.memory
+from cutlass import Float32, Int32, Int64
+from cutlass.cute.nvgpu import OperandMajorMode, cpasync, warp, warpgroup
+from gnaflex.cuda_backend.config import KernelConfig
+from gnaflex.cuda_backend.tile_walk import Q_ROWS, unravel
+
+GROUP = 128  # threads of a warp group
+CONSUMERS = 2 * GROUP
+THREADS = CONSUMERS + GROUP
+PRODUCER_WARP = CONSUMERS // 32
+PRODUCER_REGISTERS, CONSUMER_REGISTERS = 24, 240  # 128 * 24 + 256 * 240 <= 65,536
+EPILOGUE_BARRIER = 1  # and the next, one for each consumer group
+SPANS = 3  # rows of an entry of the work list: first query, first key, number of keys
+LN_2 = math.log(2)
+
+
+# ---- views of row-major tokens -----------------------------------------------------------------------
+
+
+@cute.jit
+def _gcd(a: Int64, b: Int64) -> Int64:
+    while b != 0:
+        a, b = b, a % b
+    return a
+
+
+def _apart(number: Any, stride: Any) -> Int64:
+    """A stride, or 0 where there is just one to stride over (which may carry any number)."""
+    return Int64(cutlass.select_(number == 1, Int64(0), Int64(stride)))
+
+
+class Grid:
+    """The tokens of the dilation groups of a launch, per axis with the last axis fastest: tokens of a group,
+    rows of the sequence from one to the next, and from one group to the next, the number of groups."""
+
+    def __init__(self, lengths: Any, steps: Any, group_steps: Any, groups: Any, start: Any) -> None:
+        self.lengths, self.steps, self.group_steps, self.groups = lengths, steps, group_steps, groups
+        self.start = start  # the row of the first token of the first group
+
+
+def view(x: cute.Tensor, grid: Grid, head_dim: int) -> tuple[cute.Tensor, tuple[Int32, ...]]:
+    """[batch, heads, rows, head_dim] as (axes, head_dim, L), and what head, batch and group each count in L.
+
+    CuTe folds modes by the first stride instead of their gcd (4.8.1), so L is folded here: one mode whose
+    stride is the gcd of those of heads, batch and dilation groups.
+    """
+    shape, stride = x.shape, x.stride
+    token = Int64(stride[2])
+    apart = [_apart(shape[1], stride[1]), _apart(shape[0], stride[0])]
+    apart += [_apart(n, step * token) for n, step in zip(grid.groups, grid.group_steps, strict=True)]
+    unit = apart[0]
+    for one in apart[1:]:
+        unit = _gcd(unit, one)
+    unit = cutlass.select_(unit == 0, Int64(head_dim), unit)
+    factors = tuple(Int32(one // unit) for one in apart)
+    counts = (shape[1], shape[0], *grid.groups)
+    extent = Int32(1)
+    for count, factor in zip(counts, factors, strict=True):
+        extent += (count - 1) * factor
+    axes = tuple(reversed(grid.lengths))
+    strides = tuple(cute.assume(Int64(step) * token, divby=8) for step in reversed(grid.steps))
+    start = cute.assume(Int64(grid.start) * token, divby=8)
+    layout = cute.make_layout((axes, head_dim, extent), stride=(strides, 1, cute.assume(unit, divby=8)))
+    return cute.make_tensor(x.iterator + start, layout), factors
+
+
+def _transposed(x: cute.Tensor) -> cute.Tensor:
+    return cute.make_tensor(x.iterator, cute.select(x.layout, mode=[1, 0, 2]))
+
+
+def _box(
+    atom: Any, tensor: Any, origin: Any, slot: Any, smem: Any, box: Any, head_dim: int, rows_first: bool
+) -> Any:
+    """Destination and source of the copy of a box; ``origin`` and ``box`` with the first axis fastest."""
+    at, tile, zero = (origin, 0), (box, head_dim), ((0,) * len(box), 0)
+    if not rows_first:
+        at, tile, zero = at[::-1], tile[::-1], zero[::-1]
+    source = cute.local_tile(cute.domain_offset(at, tensor[None, None, slot]), tile, zero)
+    return cpasync.tma_partition(
+        atom, 0, cute.make_layout(1), cute.group_modes(smem, 0, 2), cute.group_modes(source, 0, 2)
+    )
+
+
+# ---- softmax in registers ----------------------------------------------------------------------------
+
+
+@cute.jit
+def hide(S: cute.Tensor, words: Any, columns: cutlass.Constexpr) -> None:
+    """-inf where a key is none: bit ``c`` of the words says whether column ``c`` of the scores is one."""
+    shift = cute.arch.lane_idx() % 4 * 2  # this thread's columns are 8 j + shift and the next
+    for j in cutlass.range_constexpr(columns // 8):
+        word = words[8 * j // 32] >> (shift + 8 * j % 32)
+        for v in cutlass.range_constexpr(2):
+            is_key = (word >> v) & 1 != 0
+            for r in cutlass.range_constexpr(2):
+                S[v, r, j] = cutlass.select_(is_key, S[v, r, j], -Float32.inf)
+
+
+def key_words(left: Any, box: cutlass.Constexpr) -> Any:
+    """Which rows of a tile are keys when ``left`` are left on every axis, as bits; the same in all lanes."""
+    lane = cute.arch.lane_idx()
+    words = []
+    for first in range(0, math.prod(box), 32):
+        place = unravel(lane + first, box)
+        is_key = place[0] < left[0]
+        for at, room in zip(place[1:], left[1:], strict=True):
+            is_key = cutlass.and_(is_key, at < room)
+        words.append(cute.arch.vote_ballot_sync(is_key))
+    return words
+
+
+def _exp2(x: Any) -> Any:
+    """In PTX, so that it stays before the wait for P V that stands behind it."""
+    return cute.arch.inline_ptx(
+        "ex2.approx.ftz.f32 {$w0}, {$r0};", write_only_types=[Float32], read_only_args=[x]
+    )
+
+
+def _settle(total: cute.Tensor) -> None:
+    """Everything before here is done before anything behind: a branch on the sums, which are never negative.
+    Else ptxas (13.4) moves the wait for P V in front of the exponentials, and the two do not overlap."""
+    for r in range(2):
+        cute.arch.inline_ptx(
+            "{ .reg .pred p; setp.lt.f32 p, {$r0}, 0f00000000; @p trap; }", read_only_args=[total[r]]
+        )
+
+
+@cute.jit
+def softmax(
+    S: cute.Tensor,
+    top: cute.Tensor,
+    total: cute.Tensor,
+    change: cute.Tensor,
+    scale: Float32,
+    columns: cutlass.Constexpr,
+) -> None:
+    """Scores to weights in place; the running maximum ``top`` and sum ``total`` of both rows of a thread
+    follow, and ``change`` is what all before must be multiplied by. ``total`` is this thread's share."""
+    for r in cutlass.range_constexpr(2):
+        most = [top[r], S[0, r, 0]]
+        for j in cutlass.range_constexpr(columns // 8):
+            for v in cutlass.range_constexpr(2):
+                most[v] = cute.arch.fmax(most[v], S[v, r, j])
+        new = cute.arch.fmax(most[0], most[1])
+        new = cute.arch.fmax(new, cute.arch.shuffle_sync_bfly(new, offset=1))
+        new = cute.arch.fmax(new, cute.arch.shuffle_sync_bfly(new, offset=2))
+        change[r] = _exp2((top[r] - new) * scale)
+        top[r] = new
+        shift = -new * scale
+        sums = [Float32(0), Float32(0)]
+        for j in cutlass.range_constexpr(columns // 8):
+            for v in cutlass.range_constexpr(2):
+                weight = _exp2(S[v, r, j] * scale + shift)
+                S[v, r, j] = weight
+                sums[v] = sums[v] + weight
+        total[r] = total[r] * change[r] + sums[0] + sums[1]
+
+
+# ---- barriers ----------------------------------------------------------------------------------------
+
+
+class Barriers(NamedTuple):
+    """Where the barriers of a block are; those of keys and values have one per stage."""
+
+    q_full: Any
+    q_empty: Any
+    k_full: Any
+    k_empty: Any
+    v_full: Any
+    v_empty: Any
+
+
+def barriers(base: Any, stages: int) -> Barriers:
+    """From the address of the first of 2 + 4 * stages."""
+    return Barriers(base, base + 1, *(base + 2 + i * stages for i in range(4)))
+
+
+def init(bars: Barriers, stages: int) -> None:
+    """By one thread: TMA alone arrives at full ones, every consumer thread at empty ones."""
+    for full, empty, number in zip(bars[::2], bars[1::2], (1, stages, stages), strict=True):
+        for stage in range(number):
+            cute.arch.mbarrier_init(full + stage, 1)
+            cute.arch.mbarrier_init(empty + stage, CONSUMERS)
+
+
+# ---- the kernel --------------------------------------------------------------------------------------
+
+
+class Attend:
+    """The kernel of a configuration."""
+
+    def __init__(self, config: KernelConfig) -> None:
+        self.config = config
+        self.dtype = {"bfloat16": cutlass.BFloat16, "float16": cutlass.Float16}[config.dtype]
+        self.D, self.rows, self.stages, self.rank = (
+            config.head_dim,
+            config.kv_rows,
+            config.stages,
+            config.rank,
+        )
+        self.q_box, self.kv_box = config.q_box[::-1], config.kv_box[::-1]  # the first axis fastest, as CuTe's
+        self.q_tokens = math.prod(self.q_box)
+
+    @cute.jit
+    def launch(
+        self,
+        q: cute.Tensor,
+        k: cute.Tensor,
+        v: cute.Tensor,
+        o: cute.Tensor,
+        lse: cute.Tensor,
+        work: cute.Tensor,
+        lengths: tuple,
+        steps: tuple,
+        group_steps: tuple,
+        groups: tuple,
+        start: Int32,
+        scale_log2: Float32,
+        blocks: Int32,
+        stream: Any,
+    ) -> None:
+        """Attention of [batch, heads, rows, head_dim] over the boxes of ``work`` [boxes, 3, axes].
+
+        ``scale_log2``: the softmax scale times log2(e), positive. ``lse`` [batch, heads, rows] is natural.
+        """
+        grid = Grid(lengths, steps, group_steps, groups, start)
+        (mQ, fQ), (mK, fK), (mV, fV) = (view(x, grid, self.D) for x in (q, k, v))
+        kind = warpgroup.SmemLayoutAtomKind
+        by_row, by_channel = (
+            warpgroup.make_smem_layout_atom(a, self.dtype) for a in (kind.K_SW128, kind.MN_SW128)
+        )
+        lQ = cute.tile_to_shape(by_row, (Q_ROWS, self.D), order=(0, 1))
+        lQ_box = cute.tile_to_shape(by_row, (self.q_tokens, self.D), order=(0, 1))
+        lK = cute.tile_to_shape(by_row, (self.rows, self.D, self.stages), order=(0, 1, 2))
+        lV = cute.tile_to_shape(by_channel, (self.D, self.rows, self.stages), order=(1, 0, 2))
+        load = cpasync.CopyBulkTensorTileG2SOp()
+        aQ, mQ = cpasync.make_tiled_tma_atom(load, mQ, lQ_box, (self.q_box, self.D))
+        aK, mK = cpasync.make_tiled_tma_atom(load, mK, lK, (self.kv_box, self.D))
+        aV, mV = cpasync.make_tiled_tma_atom(load, _transposed(mV), lV, (self.D, self.kv_box))
+        rows, channels = OperandMajorMode.K, OperandMajorMode.MN
+        source = warpgroup.OperandSource
+        qk, pv = (
+            cute.make_tiled_mma(warpgroup.MmaF16BF16Op(self.dtype, Float32, shape, a, rows, b), (2, 1, 1))
+            for shape, a, b in (
+                ((64, self.rows, 16), source.SMEM, rows),
+                ((64, self.D, 16), source.RMEM, channels),
+            )
+        )
+        self.kernel(
+            qk, pv, aQ, mQ, aK, mK, aV, mV, lQ, lK, lV, o, lse, work,
+            (fQ, fK, fV), lengths, steps, group_steps, groups, start, scale_log2, q.shape[1] // k.shape[1],
+        ).launch(grid=(blocks, 1, 1), block=(THREADS, 1, 1), stream=stream, min_blocks_per_mp=1)  # fmt: skip
+
+    @cute.kernel
+    def kernel(
+        self,
+        qk: cute.TiledMma,
+        pv: cute.TiledMma,
+        aQ: cute.CopyAtom,
+        mQ: cute.Tensor,
+        aK: cute.CopyAtom,
+        mK: cute.Tensor,
+        aV: cute.CopyAtom,
+        mV: cute.Tensor,
+        lQ: cute.ComposedLayout,
+        lK: cute.ComposedLayout,
+        lV: cute.ComposedLayout,
+        o: cute.Tensor,
+        lse: cute.Tensor,
+        work: cute.Tensor,
+        factors: tuple,
+        lengths: tuple,
+        steps: tuple,
+        group_steps: tuple,
+        groups: tuple,
+        start: Int32,
+        scale_log2: Float32,
+        share: Int32,
+    ) -> None:
+        """A block: its share of the work, one query box after another."""
+
+        @cute.struct
+        class Shared:
+            bars: cute.struct.MemRange[Int64, 2 + 4 * self.stages]
+            q: cute.struct.Align[cute.struct.MemRange[self.dtype, cute.cosize(lQ)], 1024]
+            k: cute.struct.Align[cute.struct.MemRange[self.dtype, cute.cosize(lK)], 1024]
+            v: cute.struct.Align[cute.struct.MemRange[self.dtype, cute.cosize(lV)], 1024]
+            o: cute.struct.Align[cute.struct.MemRange[self.dtype, cute.cosize(lQ)], 1024]
+
+        shared = cutlass.memory.SmemAllocator().allocate(Shared)
+        sQ = shared.q.get_tensor(lQ.outer, swizzle=lQ.inner)
+        sK = shared.k.get_tensor(lK.outer, swizzle=lK.inner)
+        sV = shared.v.get_tensor(lV.outer, swizzle=lV.inner)
+        sO = shared.o.get_tensor(lQ.outer, swizzle=lQ.inner)
+        bars = barriers(shared.bars.data_ptr(), self.stages)
+
+        tid, _, _ = cute.arch.thread_idx()
+        warp_number = cute.arch.make_warp_uniform(cute.arch.warp_idx())
+        if tid == 0:
+            init(bars, self.stages)
+        cute.arch.mbarrier_init_fence()
+        cute.arch.sync_threads()
+
+        places = (o.shape[1], o.shape[0], *groups)
+        items = Int32(work.shape[0])
+        for count in places:
+            items *= count
+        first, _, _ = cute.arch.block_idx()
+        every, _, _ = cute.arch.grid_dim()
+        schedule = (first, items, every, places, work)
+        if warp_number >= PRODUCER_WARP:
+            cute.arch.setmaxregister_decrease(PRODUCER_REGISTERS)
+            if warp_number == PRODUCER_WARP:
+                self.produce(schedule, (aQ, mQ, aK, mK, aV, mV), (sQ, sK, sV), bars, factors, share)
+        else:
+            cute.arch.setmaxregister_increase(CONSUMER_REGISTERS)
+            out = (o, lse, lengths, steps, group_steps, start)
+            self.consume(schedule, qk, pv, (sQ, sK, sV, sO), bars, out, tid, scale_log2)
+
+    def entry(self, schedule: Any, item: Any) -> Any:
+        """Spans of a work item per axis with the first axis fastest, and its head, batch entry and groups."""
+        _, _, _, places, work = schedule
+        box, slot = item % work.shape[0], item // work.shape[0]
+        spans = [[work[box, span, axis] for axis in reversed(range(self.rank))] for span in range(SPANS)]
+        return spans, unravel(slot, places[::-1])[::-1]
+
+    @cute.jit
+    def produce(self, schedule: Any, tma: Any, smem: Any, bars: Any, factors: Any, share: Int32) -> None:
+        """One warp: the boxes of every item, in the order in which the consumers take them."""
+        first, items, every, _, _ = schedule
+        aQ, mQ, aK, mK, aV, mV = tma
+        sQ, sK, sV = smem
+        sQ_box = cute.local_tile(sQ, (self.q_tokens, self.D), (0, 0))
+        tile = Int32(0)
+        turn = Int32(0)
+        for item in cutlass.range(first, items, every, unroll=1):
+            (q0, k0, keys), (head, *rest) = self.entry(schedule, item)
+            counts = [(n + extent - 1) // extent for n, extent in zip(keys, self.kv_box, strict=True)]
+            slots = []
+            for factor, h in zip(factors, (head, head // share, head // share), strict=True):
+                slot = h * factor[0]
+                for place, each in zip(rest, factor[1:], strict=True):
+                    slot += place * each
+                slots.append(slot)
+            tQs, tQg = _box(aQ, mQ, tuple(q0), slots[0], sQ_box, self.q_box, self.D, True)
+            cute.arch.mbarrier_wait(bars.q_empty, (turn & 1) ^ 1)
+            with cute.arch.elect_one():
+                cute.arch.mbarrier_arrive_and_expect_tx(bars.q_full, 2 * self.q_tokens * self.D)
+            cute.copy(aQ, tQg, tQs, tma_bar_ptr=bars.q_full)
+            total = counts[0]
+            for count in counts[1:]:
+                total *= count
+            for i in cutlass.range(total, unroll=1):
+                stage, phase = tile % self.stages, tile // self.stages & 1
+                place = unravel(i, tuple(counts[::-1]))[::-1]
+                origin = tuple(k0[a] + place[a] * self.kv_box[a] for a in range(self.rank))
+                tKs, tKg = _box(aK, mK, origin, slots[1], sK, self.kv_box, self.D, True)
+                tVs, tVg = _box(aV, mV, origin, slots[2], sV, self.kv_box, self.D, False)
+                self.bring(aK, tKg, tKs[None, stage], bars.k_full + stage, bars.k_empty + stage, phase)
+                self.bring(aV, tVg, tVs[None, stage], bars.v_full + stage, bars.v_empty + stage, phase)
+                tile += 1
+            turn += 1
+
+    @cute.jit
+    def bring(self, atom: Any, source: Any, target: Any, full: Any, empty: Any, phase: Int32) -> None:
+        """A box of keys or values once its stage is free; rows off the grid count as bytes too."""
+        cute.arch.mbarrier_wait(empty, phase ^ 1)
+        with cute.arch.elect_one():
+            cute.arch.mbarrier_arrive_and_expect_tx(full, 2 * self.rows * self.D)
+        cute.copy(atom, source, target, tma_bar_ptr=full)
+
+    @cute.jit
+    def consume(
+        self, schedule: Any, qk: Any, pv: Any, smem: Any, bars: Any, out: Any, tid: Int32, scale_log2: Float32
+    ) -> None:
+        """Two warp groups, 64 query rows each."""
+        first, items, every, _, _ = schedule
+        sQ, sK, sV, sO = smem
+        thread_qk, thread_pv = qk.get_slice(tid), pv.get_slice(tid)
+        rQ = qk.make_fragment_A(thread_qk.partition_A(sQ))
+        rK = qk.make_fragment_B(thread_qk.partition_B(sK))
+        rV = pv.make_fragment_B(thread_pv.partition_B(sV))
+        S = qk.make_fragment_C(qk.partition_shape_C((Q_ROWS, self.rows)))
+        acc = pv.make_fragment_C(pv.partition_shape_C((Q_ROWS, self.D)))
+        P = cute.make_rmem_tensor(pv.partition_shape_A((Q_ROWS, self.rows)), self.dtype)
+        S3 = cute.make_tensor(S.iterator, cute.make_layout((2, 2, self.rows // 8)))
+        acc3 = cute.make_tensor(acc.iterator, cute.make_layout((2, 2, self.D // 8)))
+        pairs = cute.make_tensor(
+            cute.recast_ptr(P.iterator, dtype=Int32), cute.make_layout((2, self.rows // 8))
+        )
+        top, total, change = (cute.make_rmem_tensor((2,), Float32) for _ in range(3))
+        pv.set(warpgroup.Field.ACCUMULATE, True)
+        tile = Int32(0)
+        turn = Int32(0)
+        for item in cutlass.range(first, items, every, unroll=1):
+            (q0, _, keys), slot = self.entry(schedule, item)
+            counts = [(n + extent - 1) // extent for n, extent in zip(keys, self.kv_box, strict=True)]
+            tiles = counts[0]
+            for count in counts[1:]:
+                tiles *= count
+            clips = keys[0] % self.kv_box[0] != 0
+            for n, extent in zip(keys[1:], self.kv_box[1:], strict=True):
+                clips = cutlass.or_(clips, n % extent != 0)
+            acc.fill(0.0)
+            top.fill(-Float32.inf)
+            total.fill(0.0)
+
+            cute.arch.mbarrier_wait(bars.q_full, turn & 1)
+            stage, phase = tile % self.stages, tile // self.stages & 1
+            cute.arch.mbarrier_wait(bars.k_full + stage, phase)
+            self.scores(qk, S, rQ, rK, stage)
+            warpgroup.wait_group(0)
+            cute.arch.mbarrier_arrive(bars.k_empty + stage)
+            if clips:
+                self.clip(S3, Int32(0), counts, keys)
+            softmax(S3, top, total, change, scale_log2, self.rows)
+            self.round(S3, pairs)
+
+            for i in cutlass.range(1, tiles, unroll=1):
+                v_stage, v_phase = stage, phase
+                tile += 1
+                stage, phase = tile % self.stages, tile // self.stages & 1
+                cute.arch.mbarrier_wait(bars.k_full + stage, phase)
+                self.scores(qk, S, rQ, rK, stage)
+                cute.arch.mbarrier_wait(bars.v_full + v_stage, v_phase)
+                self.outputs(pv, acc, P, rV, v_stage)
+                warpgroup.wait_group(1)
+                cute.arch.mbarrier_arrive(bars.k_empty + stage)
+                if clips:
+                    self.clip(S3, i, counts, keys)
+                softmax(S3, top, total, change, scale_log2, self.rows)
+                _settle(total)
+                warpgroup.wait_group(0)
+                cute.arch.mbarrier_arrive(bars.v_empty + v_stage)
+                for r in cutlass.range_constexpr(2):
+                    for j in cutlass.range_constexpr(self.D // 8):
+                        for v in cutlass.range_constexpr(2):
+                            acc3[v, r, j] = acc3[v, r, j] * change[r]
+                self.round(S3, pairs)
+
+            cute.arch.mbarrier_arrive(bars.q_empty)
+            cute.arch.mbarrier_wait(bars.v_full + stage, phase)
+            self.outputs(pv, acc, P, rV, stage)
+            warpgroup.wait_group(0)
+            cute.arch.mbarrier_arrive(bars.v_empty + stage)
+            tile += 1
+            turn += 1
+            self.finish(pv, acc, acc3, sO, top, total, scale_log2, out, q0, slot, tid)
+
+    @cute.jit
+    def scores(self, qk: Any, S: Any, rQ: Any, rK: Any, stage: Int32) -> None:
+        """S = Q K^T of a stage, issued."""
+        warpgroup.fence()
+        for kb in cutlass.range_constexpr(cute.size(rQ, mode=[2])):
+            qk.set(warpgroup.Field.ACCUMULATE, kb != 0)
+            cute.gemm(qk, S, rQ[None, None, kb], rK[None, None, kb, stage], S)
+        warpgroup.commit_group()
+
+    @cute.jit
+    def outputs(self, pv: Any, acc: Any, P: Any, rV: Any, stage: Int32) -> None:
+        """O += P V of a stage, issued."""
+        warpgroup.fence()
+        for kb in cutlass.range_constexpr(cute.size(P, mode=[2])):
+            cute.gemm(pv, acc, P[None, None, kb], rV[None, None, kb, stage], acc)
+        warpgroup.commit_group()
+
+    @cute.jit
+    def round(self, S3: cute.Tensor, pairs: cute.Tensor) -> None:
+        """Weights to P: an A fragment has the order of a C fragment. In PTX, as the compiler would move the
+        conversion past the next S = Q K^T, and ptxas then lets no two matrix instructions overlap."""
+        name = {"bfloat16": "bf16x2", "float16": "f16x2"}[self.config.dtype]
+        for j in cutlass.range_constexpr(self.rows // 8):
+            for r in cutlass.range_constexpr(2):
+                pairs[r, j] = cute.arch.inline_ptx(
+                    f"cvt.rn.{name}.f32 {{$w0}}, {{$r0}}, {{$r1}};",
+                    write_only_types=[Int32],
+                    read_only_args=[S3[1, r, j], S3[0, r, j]],
+                )
+
+    @cute.jit
+    def clip(self, S3: cute.Tensor, i: Int32, counts: Any, keys: Any) -> None:
+        """Hide what tile ``i`` of the key box holds beyond it."""
+        place = unravel(i, tuple(counts[::-1]))  # the last axis of the grid fastest, and first in ``counts``
+        left = [keys[a] - place[self.rank - 1 - a] * self.kv_box[a] for a in range(self.rank)]
+        hide(S3, key_words(tuple(left[::-1]), self.config.kv_box), self.rows)
+
+    @cute.jit
+    def finish(
+        self,
+        pv: Any,
+        acc: Any,
+        acc3: Any,
+        sO: Any,
+        top: Any,
+        total: Any,
+        scale_log2: Float32,
+        out: Any,
+        q0: Any,
+        slot: Any,
+        tid: Int32,
+    ) -> None:
+        """Normalise, and write the rows that are tokens, with their log-sum-exp."""
+        o, lse, lengths, steps, group_steps, start = out
+        head, batch, *group = slot
+        base = start
+        for place, step in zip(group, group_steps, strict=True):
+            base += place * step
+        lane, wg = tid % 32, tid // GROUP
+        for r in cutlass.range_constexpr(2):
+            whole = total[r] + cute.arch.shuffle_sync_bfly(total[r], offset=1)
+            whole += cute.arch.shuffle_sync_bfly(whole, offset=2)
+            inverse = Float32(1) / whole
+            for j in cutlass.range_constexpr(self.D // 8):
+                for v in cutlass.range_constexpr(2):
+                    acc3[v, r, j] = acc3[v, r, j] * inverse
+            row = tid // 32 * 16 + lane // 4 + 8 * r
+            is_token, token = self.token(row, q0, lengths, steps)
+            if is_token and lane % 4 == 0:
+                lse[batch, head, base + token] = (top[r] * scale_log2 + cute.math.log2(whole)) * LN_2
+        rounded = cute.make_rmem_tensor_like(acc, self.dtype)
+        rounded.store(acc.load().to(self.dtype))
+        copy = cute.make_tiled_copy_C(cute.make_copy_atom(warp.StMatrix8x8x16bOp(False, 4), self.dtype), pv)
+        mine = copy.get_slice(tid)
+        cute.arch.barrier(barrier_id=EPILOGUE_BARRIER + wg, number_of_threads=GROUP)  # the last item is read
+        cute.copy(copy, mine.retile(rounded), mine.partition_D(sO))
+        cute.arch.barrier(barrier_id=EPILOGUE_BARRIER + wg, number_of_threads=GROUP)
+        pieces = self.D // 8  # of 16 bytes in a row
+        for turn in cutlass.range_constexpr(64 * pieces // GROUP):
+            row = wg * 64 + turn * (GROUP // pieces) + tid % GROUP // pieces
+            is_token, token = self.token(row, q0, lengths, steps)
+            if is_token:
+                piece = tid % pieces
+                source = cute.zipped_divide(sO[row, None], (8,))[None, piece]
+                target = cute.zipped_divide(o[batch, head, base + token, None], (8,))[None, piece]
+                cute.autovec_copy(source, target)
+
+    def token(self, row: Any, q0: Any, lengths: Any, steps: Any) -> Any:
+        """Whether a row of the query box is a token, and how far it is from the start of its group."""
+        place = unravel(row, self.config.q_box)
+        is_token = row < self.q_tokens
+        token = Int32(0)
+        for a in range(self.rank):
+            at = q0[self.rank - 1 - a] + place[a]
+            is_token = cutlass.and_(is_token, at < lengths[a])
+            token += at * steps[a]
+        return is_token, token
