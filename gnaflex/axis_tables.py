@@ -13,12 +13,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from gnaflex.planner import Ranges, checked_tile
-from gnaflex.spec import GNA, Axis, GNAError
+from gnaflex.planner import MOST_ROWS, Ranges, checked_tile
+from gnaflex.spec import GNA, Axis, whole
 from gnaflex.tiles import Relation, Tile, groups, relation
 from gnaflex.window import IntArray
 
-MOST_ENTRIES = 60_000_000  # of the table of an axis: options by tile extents
+MOST_ENTRIES = 60_000_000  # of what is kept of an axis: options by tile extents
 
 
 class AxisTable(NamedTuple):
@@ -34,17 +34,29 @@ class AxisTable(NamedTuple):
 def table_of(
     axis: Axis, options: IntArray, q_extents: IntArray, kv_extents: IntArray, tiling: str
 ) -> AxisTable:
-    """Tabulate an axis for ``options`` (windows and strides, [options, 2]), a bounded number at a time."""
-    at_once = max(min(512, 2**22 // axis.length), 1)
+    """Tabulate an axis for ``options``: windows and strides, [options, 2]."""
     parts = [
-        _part(axis, some, q_extents, kv_extents, tiling)
-        for some in np.array_split(options, -(-len(options) // at_once))
+        part_of(axis, some, q_extents, kv_extents, tiling)
+        for some in split(axis, options, q_extents, kv_extents)
     ]
-    allowed, visited, perfect = (np.concatenate(column) for column in zip(*parts, strict=True))
-    return AxisTable(options, allowed, visited, perfect)
+    return AxisTable(*(np.concatenate(column) for column in zip(*parts, strict=True)))
 
 
-def _part(axis: Axis, options: IntArray, q_extents: IntArray, kv_extents: IntArray, tiling: str) -> Any:
+def split(axis: Axis, options: IntArray, q_extents: IntArray, kv_extents: IntArray) -> list[IntArray]:
+    """Options in parts that are tabulated at a time, so that temporary memory is bounded."""
+    at_once = max(min(512, 2**22 // axis.length, 2**23 // (len(q_extents) * len(kv_extents))), 1)
+    return np.array_split(options, -(-len(options) // at_once))
+
+
+def work_of(options: int, axis: Axis, q_extents: IntArray, kv_extents: IntArray) -> float:
+    """What a table takes, in numbers computed: the tables of options, and tiles by extents of either side."""
+    return options * axis.length * max(50.0, len(kv_extents) * float((1 / q_extents).sum()))
+
+
+def part_of(
+    axis: Axis, options: IntArray, q_extents: IntArray, kv_extents: IntArray, tiling: str
+) -> AxisTable:
+    """The table of a part of the options."""
     visited = np.zeros((len(q_extents), len(kv_extents), len(options)), np.int64)
     unmasked = np.zeros_like(visited)
     allowed = np.zeros(len(options), np.int64)
@@ -60,15 +72,18 @@ def _part(axis: Axis, options: IntArray, q_extents: IntArray, kv_extents: IntArr
                 seen, clear, _ = ranges.tiles(kv, n, tiling)  # type: ignore[arg-type]
                 visited[at, kv_at] += len(members) * seen.sum(0)
                 unmasked[at, kv_at] += len(members) * clear.sum(0)
-    return allowed, visited.transpose(2, 0, 1), (visited == unmasked).transpose(2, 0, 1)
+    perfect = (visited == unmasked).transpose(2, 0, 1)
+    return AxisTable(options, allowed, visited.transpose(2, 0, 1), perfect)
 
 
 class Side(NamedTuple):
-    """The boxes to try as query or key tiles: extents per axis, of ``least`` to ``rows`` tokens together."""
+    """The boxes to try as query or key tiles: extents per axis, of ``least`` to ``rows`` tokens together;
+    ``charged``: the rows that one costs, if they are not its own."""
 
     extents: tuple[IntArray, ...]
     least: int
     rows: int
+    charged: int | None
     known: dict[tuple[int, int], list[int]]
 
     @staticmethod
@@ -76,10 +91,13 @@ class Side(NamedTuple):
         """The tile given, or all boxes that :func:`plan` tries: those that fill more than half."""
         if given := checked_tile(name, tile, spec):
             tokens = math.prod(given)
-            return Side(tuple(np.array([extent]) for extent in given), tokens, tokens, {})
-        lengths = [axis.group_length(0) for axis in spec.axes]
-        extents = tuple(np.arange(1, min(rows, length) + 1) for length in lengths)
-        return Side(extents, min(rows, math.prod(lengths)) // 2 + 1, rows, {})
+            return Side(tuple(np.array([extent]) for extent in given), tokens, tokens, None, {})
+        rows = whole(name.replace("tile", "rows"), rows, 1, MOST_ROWS)
+        lengths = [min(axis.group_length(0), rows) for axis in spec.axes]
+        least = min(rows, math.prod(axis.group_length(0) for axis in spec.axes)) // 2 + 1
+        others = [math.prod(lengths[:a] + lengths[a + 1 :]) for a in range(spec.rank)]
+        extents = tuple(np.arange(-(-least // o), n + 1) for n, o in zip(lengths, others, strict=True))
+        return Side(extents, least, rows, rows, {})
 
     def fits(self, axis: int, before: int) -> list[int]:
         """Which extents of ``axis`` can follow axes whose extents have the product ``before``."""
@@ -101,10 +119,3 @@ class Side(NamedTuple):
     def box(self, which: Sequence[int]) -> Tile:
         """The extents themselves."""
         return tuple(int(extent[at]) for extent, at in zip(self.extents, which, strict=True))
-
-
-def check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
-    """Refuse an argument that is none of those allowed."""
-    if value not in allowed:
-        listed = ", ".join(f'"{one}"' for one in allowed)
-        raise GNAError(f'{name} must be one of {listed}: got {value!r}. Write {name}="{allowed[0]}".')

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import sys
 import traceback
@@ -48,6 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except SystemExit as done:
         return int(done.code or OK)
     try:
+        _tolerate()
         options.run(options)
         sys.stdout.flush()
     except KeyboardInterrupt:
@@ -57,6 +59,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         return _failed(options, error)
     return OK
+
+
+def _tolerate() -> None:
+    """Output where there is none, and characters that the terminal does not know as question marks."""
+    if sys.stdout is None:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")
 
 
 def _failed(options: argparse.Namespace, error: Exception) -> int:
@@ -70,7 +80,8 @@ def _failed(options: argparse.Namespace, error: Exception) -> int:
     if isinstance(error, NotImplementedError):  # a backend's reasons, one per line
         return _complain(options, str(error), FAILED)
     if isinstance(error, OSError) and error.strerror:
-        return _complain(options, f"{error.strerror}: {error.filename}", FAILED)
+        where = f": {error.filename}" if error.filename else ""
+        return _complain(options, f"{error.strerror}{where}", FAILED)
     what = next(iter(str(error).strip().splitlines()), "")
     hint = "" if options.traceback else "\n  Add --traceback to see where."
     return _complain(options, f"{type(error).__name__}: {what}{hint}", FAILED)

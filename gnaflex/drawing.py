@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from os import PathLike
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
@@ -28,13 +29,14 @@ from gnaflex.drawn import (
 )
 from gnaflex.planner import KVTiling, Plan, plan
 from gnaflex.searching import SearchResult
-from gnaflex.spec import GNA, GNAError
+from gnaflex.spec import GNA, GNAError, whole
 from gnaflex.tiles import Tile
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 Kind = Literal["blocks", "window", "tiles", "strides", "front"]
+SUFFIXES = (".png", ".pdf", ".svg")
 FRONT_LINES = 17  # of the text of a front
 SHADES = "·░▒▓█"
 SHARES = "█ all  ▓ over 2/3  ▒ over 1/3  ░ some  · none"
@@ -63,7 +65,7 @@ def draw(
             "strides": ``work_speedup`` over the strides of each axis, the other axes and the tiles kept.
             "front", of a search and for that alone: its Pareto front, speed-up over reach.
         query: of "window": coordinates, or a row-major token; the middle of the grid if not given.
-        q_tile, kv_tile, kv_tiling: of a problem, as :func:`gnaflex.plan` takes them; unused by "window".
+        q_tile, kv_tile, kv_tiling: of a problem, as :func:`gnaflex.plan` takes them; not of a "window".
         width: characters in a line of the drawing (captions may be longer), and at most as many lines in a
             plane: what is larger is summarised, and the caption says what a character stands for. Planes of
             more than two axes stand side by side; equal neighbours are drawn once.
@@ -83,6 +85,10 @@ def draw(
         Q the query  █ a key it sees  · any other
     """
     kind = _checked_kind(what, kind, query, width)
+    if path is not None:
+        check_path(path)
+    if isinstance(what, SearchResult) or kind == "window":
+        _refuse_tiles(q_tile, kv_tile)
     if isinstance(what, SearchResult):
         text = _front_text(what, width)
     elif kind == "window":
@@ -157,9 +163,22 @@ def _checked_kind(what: Any, kind: Kind | None, query: Any, width: int) -> Kind:
         )
     if query is not None and kind != "window":
         raise GNAError(f'query is of use with kind="window" alone: got kind={kind!r}. Leave query out.')
-    if width < 16:
-        raise GNAError(f"width must be at least 16 characters: got {width}. Write width=80.")
+    whole("width", width, 16)
     return kind
+
+
+def _refuse_tiles(q_tile: Tile | None, kv_tile: Tile | None) -> None:
+    if (q_tile, kv_tile) != (None, None):
+        raise GNAError("a window and the front of a search have no tiles: leave q_tile and kv_tile out.")
+
+
+def check_path(path: str | PathLike[str]) -> None:
+    """Refuse a picture's path without a suffix, or in no folder, before anything long is done for it."""
+    where, known = Path(path), ", ".join(SUFFIXES)
+    if where.suffix.lower() not in SUFFIXES or where.is_dir():
+        raise GNAError(f"a picture's path must end in one of {known}: got {path!s}. Use the suffix .png.")
+    if not where.parent.is_dir():
+        raise GNAError(f"there is no folder {str(where.parent)!r} for the picture. Make it first.")
 
 
 def _planned(
@@ -178,10 +197,7 @@ def _planned(
 
 
 def _write(picture: Figure, path: str | PathLike[str]) -> None:
-    try:
-        picture.savefig(path)
-    except ValueError as error:  # a suffix that matplotlib does not know
-        raise GNAError(f"the picture cannot be written: {error}. Use the suffix .png.") from None
+    picture.savefig(path)
 
 
 # ---- as text -----------------------------------------------------------------------------------------
@@ -263,22 +279,25 @@ def _side_by_side(
 def _strides_text(p: Plan, width: int) -> str:
     axes = strides_of(p)
     most = max(one.speedup for axis in axes for one in axis)
+    words = (" block-sparse", " < given") if width >= 40 else ("=", "<")
     lines = [repr(p.spec), f"work_speedup over the strides of an axis; {tiles_line(p)}"]
     for at, axis in enumerate(axes):
         lines.append(f"axis {at}, window {p.spec.window[at]}")
         digits = len(str(axis[-1].stride))
+        room = width - digits - 2 - len(f"{most:.2f}") - sum(map(len, words))
         for one in axis:
-            bar = "█" * max(round(one.speedup / most * max(width - digits - 29, 8)), 1)
-            note = " block-sparse" * one.is_block_sparse + " < given" * one.is_given
-            lines.append(f"{one.stride:{digits}} {bar} {one.speedup:.2f}{note}")
+            note = words[0] * one.is_block_sparse + words[1] * one.is_given
+            figure = f"{one.speedup:.2f}{note}"
+            bar = "█" * max(round(one.speedup / most * room), 1)
+            lines.append(f"{one.stride:{digits}} {bar} {figure}")
     return "\n".join(lines)
 
 
 def _front_text(found: SearchResult, width: int) -> str:
-    speeds = np.log([row.speedup for row in found.front])
+    speeds = np.log([row.work_speedup for row in found.front])
     top, room = float(speeds.max()), width - 8
-    step = max(top - float(speeds.min()), 1e-9) / (FRONT_LINES - 1)
-    marks = np.full((FRONT_LINES, room), " ")
+    step = (top - float(speeds.min())) / (FRONT_LINES - 1) or 1.0
+    marks = np.full((FRONT_LINES if len(found.front) > 1 else 1, room), " ")
     for row, speed in zip(found.front, speeds.tolist(), strict=True):
         marks[round((top - speed) / step), min(round(row.reach * (room - 1)), room - 1)] = "●"
     lines = [f"{np.exp(top - at * step):6.2f} │{''.join(line)}".rstrip() for at, line in enumerate(marks)]

@@ -145,11 +145,12 @@ def coordinates(spec: GNA, query: int | Sequence[int] | None) -> tuple[int, ...]
     if query is None:
         return tuple(length // 2 for length in spec.shape)
     try:
-        at = tuple(map(operator.index, query)) if isinstance(query, Sequence) else operator.index(query)
+        is_token = not hasattr(query, "__len__")
+        at: Any = operator.index(query) if is_token else tuple(map(operator.index, query))  # type: ignore[arg-type]
         if isinstance(at, int):
             return tuple(int(x) for x in np.unravel_index(at, spec.shape))
         if len(at) == spec.rank and all(0 <= x < n for x, n in zip(at, spec.shape, strict=True)):
-            return at
+            return tuple(at)
     except (TypeError, ValueError):
         pass
     middle = tuple(length // 2 for length in spec.shape)
@@ -259,4 +260,4 @@ def row_line(row: Row) -> str:
     """A problem found, shortly."""
     sizes = ("x".join(map(str, extents)) for extents in (row.spec.window, row.spec.stride))
     window, stride = sizes
-    return f"window {window} stride {stride}, {row.speedup:.2f} at reach {row.reach:.0%}"
+    return f"window {window} stride {stride}, {row.work_speedup:.2f} at reach {row.reach:.0%}"

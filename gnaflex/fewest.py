@@ -10,8 +10,8 @@ from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 
-from gnaflex.axis_tables import AxisTable, Side
-from gnaflex.spec import GNAError
+from gnaflex.axis_tables import AxisTable, Side, part_of, split
+from gnaflex.spec import Axis, GNAError
 from gnaflex.window import IntArray
 
 MOST_ROWS = 20_000_000  # combinations that a search holds at once
@@ -24,42 +24,6 @@ def check_combinations(counts: list[int], most: int) -> None:
             f"too many combinations to hold: {size:,} > {MOST_ROWS:,}.\n"
             f"  Give fewer windows or strides. Write windows=range(4, {most + 1}, 4)."
         )
-
-
-class Classes(NamedTuple):
-    """The options of an axis that see as many keys through the same window: what is left of them is the least
-    number of visited tiles, [query extents, key extents, classes]; inf where none qualifies."""
-
-    windows: IntArray
-    allowed: Any
-    visited: Any
-    members: tuple[IntArray, ...]
-    perfect_only: bool
-
-    @staticmethod
-    def of(table: AxisTable, perfect_only: bool, each: bool) -> Classes:
-        """Those of a table; ``each`` keeps strides apart."""
-        what = table.options if each else np.stack([table.options[:, 0], table.allowed], 1)
-        label = np.unique(what, axis=0, return_inverse=True)[1].ravel()
-        order = np.argsort(label, kind="stable")
-        first = np.flatnonzero(np.diff(label[order], prepend=-1))
-        visited = table.visited.astype(float)
-        if perfect_only:
-            visited[~table.perfect] = np.inf
-        least = np.minimum.reduceat(visited[order], first).transpose(1, 2, 0).copy()
-        members = tuple(np.split(order, first[1:]))
-        kept = order[first]
-        return Classes(
-            table.options[kept, 0], table.allowed[kept].astype(float), least, members, perfect_only
-        )
-
-    def option(self, table: AxisTable, which: int, q: int, kv: int) -> int:
-        """The option that a class stands for: the first, that of the smallest stride, of the best."""
-        members = self.members[which]
-        visited = table.visited[members, q, kv].astype(float)
-        if self.perfect_only:
-            visited[~table.perfect[members, q, kv]] = np.inf
-        return int(members[np.argmin(visited)])
 
 
 Bar: TypeAlias = "Callable[[Sequence[Any], str], Iterable[Any]]"
@@ -77,6 +41,58 @@ def progress_bar(shown: bool) -> Iterator[Bar]:
         raise GNAError("a progress bar needs rich. Write pip install rich, or progress=False.") from error
     with Progress(transient=True) as bar:
         yield lambda items, what: bar.track(items, description=what)
+
+
+class Classes(NamedTuple):
+    """The options of an axis that see as many keys through the same window: what is left of them is the least
+    number of visited tiles, [query extents, key extents, classes] (inf where none qualifies), and the option
+    that visits so few, the smallest stride of several."""
+
+    options: IntArray
+    windows: IntArray
+    allowed: Any
+    visited: Any
+    best: IntArray
+
+    @staticmethod
+    def of(
+        axis: Axis, options: IntArray, sides: tuple[IntArray, IntArray], tiling: str, perfect: bool,
+        each: bool, bar: Bar,
+    ) -> Classes:  # fmt: skip
+        """Those of ``options``, ordered by window and stride; ``each`` keeps strides apart."""
+        found, first = [], 0
+        for some in bar(split(axis, options, *sides), f"length {axis.length}"):
+            found.append(_least(part_of(axis, some, *sides, tiling), first, len(options), perfect, each))
+            first += len(some)
+        labels, coded = (np.concatenate(column) for column in zip(*found, strict=True))
+        labels, coded = _fewest_of(labels, coded)
+        visited = (coded // len(options)).astype(float).transpose(1, 2, 0).copy()
+        visited[coded.transpose(1, 2, 0) == NONE] = np.inf
+        allowed = labels[:, -1].astype(float)
+        return Classes(options, labels[:, 0], allowed, visited, (coded % len(options)).transpose(1, 2, 0))
+
+
+NONE = np.iinfo(np.int64).max  # no option qualifies
+
+
+def _least(
+    table: AxisTable, first: int, options: int, perfect: bool, each: bool
+) -> tuple[IntArray, IntArray]:
+    """Labels of the classes in a part of a table, and visited tiles and option of the best, as one number."""
+    number = np.arange(first, first + len(table.options))
+    coded = table.visited * options + number[:, None, None]
+    if perfect:
+        coded[~table.perfect] = NONE
+    columns = (table.options[:, 0], table.options[:, 1] * each, table.allowed)
+    return _fewest_of(np.stack(columns, 1), coded)
+
+
+def _fewest_of(labels: IntArray, coded: IntArray) -> tuple[IntArray, IntArray]:
+    """The least of equal labels."""
+    distinct, label = np.unique(labels, axis=0, return_inverse=True)
+    order = np.argsort(label.ravel(), kind="stable")
+    first = np.flatnonzero(np.diff(label.ravel()[order], prepend=-1))
+    return distinct, np.minimum.reduceat(coded[order], first)
 
 
 class Fewest:

@@ -166,7 +166,7 @@ def strides_figure(p: Plan) -> Figure:
 def front_figure(found: SearchResult) -> Figure:
     """The front of a search: speed-up (logarithmic) over reach, some problems by name."""
     picture, (ax,) = _canvas(front_line(found), 1, (9.0, 5.5))
-    reach, speed = [100 * row.reach for row in found.front], [row.speedup for row in found.front]
+    reach, speed = [100 * row.reach for row in found.front], [row.work_speedup for row in found.front]
     ax.plot(reach, speed, "o-", drawstyle="steps-pre", color=COLORS[3], markersize=4, linewidth=1)
     even = np.linspace(reach[0], reach[-1], NAMED)
     for at in sorted({int(np.abs(np.array(reach) - one).argmin()) for one in even}):

@@ -10,15 +10,19 @@ from typing import Any, NamedTuple, get_args
 
 import numpy as np
 
-from gnaflex.axis_tables import MOST_ENTRIES, AxisTable, Side, check_choice, table_of
-from gnaflex.planner import ROWS, KVTiling, Plan
-from gnaflex.spec import GNA, Axis, GNAError
+from gnaflex.axis_tables import MOST_ENTRIES, AxisTable, Side, table_of, work_of
+from gnaflex.planner import ROWS, KVTiling, Plan, check_choice, check_spec
+from gnaflex.spec import GNA, Axis, whole
 from gnaflex.tiles import Tile
 from gnaflex.window import IntArray
 
 WINDOW_WEIGHT = 12  # of a window's change, by that of a stride: a window says what a model sees
 MOST_OPTIONS = 20_000  # windows and strides of an axis that `nearest` looks at
 MOST_WORK = 1e9  # that `nearest` puts into an axis: some seconds
+MOST_MULTIPLES = 1000  # of a tile that are looked at as strides where not all can be
+MOST_LIMIT = 100  # problems; more take long
+ROUND = (8, 16, 32, 64, 128)  # extents of free tiles that likely strides are multiples of
+NOISE = 1e-7  # of distances
 
 
 @dataclass(frozen=True)
@@ -47,7 +51,7 @@ def nearest(
     kv_tiling: KVTiling = "dynamic",
     *,
     limit: int = 10,
-    keep: Collection[str] = (),
+    keep: str | Collection[str] = (),
     q_rows: int = ROWS,
     kv_rows: int = ROWS,
 ) -> list[Nearby]:
@@ -65,14 +69,15 @@ def nearest(
             all boxes that fill more than half of ``q_rows`` or ``kv_rows`` those with the fewest visited
             tiles, as a tile of fewer tokens costs a whole one.
         kv_tiling: "static" or "dynamic", see :class:`gnaflex.Plan`.
-        limit: how many problems are wanted.
+        limit: how many problems are wanted, up to 100.
         keep: "window", "stride" or both: what must stay.
         q_rows, kv_rows: tokens that a tile may hold when it is not given.
 
     Returns:
         At most ``limit`` problems; none when no change mends it, as on a causal axis with a query tile
         longer than 1 there. On long axes (thousands of windows and strides, or tens of millions with the
-        extents of free tiles) only changes near the problem are looked at, and there may be fewer.
+        extents of free tiles) only changes near the problem and multiples of the tiles are looked at: there
+        may be nearer ones.
 
     Raises:
         GNAError: a tile does not fit the problem, or an argument is none of those listed.
@@ -86,10 +91,11 @@ def nearest(
         (('axis 2: stride 6 -> 8',), 10.45)
     """
     check_choice("kv_tiling", kv_tiling, get_args(KVTiling))
+    check_spec(spec)
+    keep = (keep,) if isinstance(keep, str) else tuple(keep or ())
     for name in keep:
         check_choice("keep", name, ("window", "stride"))
-    if limit < 1:
-        raise GNAError(f"limit must be at least 1: got limit={limit}. Write limit=10.")
+    limit = whole("limit", limit, 1, MOST_LIMIT)
     q, kv = Side.of("q_tile", q_tile, spec, q_rows), Side.of("kv_tile", kv_tile, spec, kv_rows)
     ladders, found = _certain(spec, q, kv, kv_tiling, limit, keep)
     return [_nearby(spec, ladders, found, at, q, kv, kv_tiling) for at in range(len(found.distance))]
@@ -98,30 +104,33 @@ def nearest(
 def _certain(
     spec: GNA, q: Side, kv: Side, tiling: KVTiling, limit: int, keep: Collection[str]
 ) -> tuple[list[_Ladder], _Found]:
-    """The first problems, in a radius that grows until no unseen one could be among them."""
+    """The first problems, in a radius that grows until no unseen one could be among them; where it cannot
+    grow that far, likely ones beyond it too."""
     sides = list(zip(spec.axes, q.extents, kv.extents, strict=True))
-    sizes: list[int] = []
+    options: list[IntArray] = []
     for exponent in itertools.count(-8, 2):
         around = [_around(axis, 2.0**exponent, keep) for axis in spec.axes]
         missing = min(beyond for _, beyond in around)
-        before, sizes = sizes, [len(options) for options, _ in around]
-        if missing < math.inf and before == sizes:
+        before, options = options, [some for some, _ in around]
+        if missing < math.inf and [len(one) for one in before] == [len(one) for one in options]:
             continue
-        if before and any(_is_too_much(size, *side) for size, side in zip(sizes, sides, strict=True)):
-            break
+        if before and any(_is_too_much(len(one), *side) for one, side in zip(options, sides, strict=True)):
+            likely = [_likely(*side, keep) for side in sides]
+            options = [np.unique(np.concatenate(both), axis=0) for both in zip(before, likely, strict=True)]
+            missing = math.inf
         ladders = [
-            _Ladder(axis, options, table_of(axis, options, q_extents, kv_extents, tiling), limit)
-            for (options, _), (axis, q_extents, kv_extents) in zip(around, sides, strict=True)
+            _Ladder(axis, some, table_of(axis, some, q_extents, kv_extents, tiling), limit)
+            for some, (axis, q_extents, kv_extents) in zip(options, sides, strict=True)
         ]
         found = _Closest(ladders, q, kv, limit).from_axis(0, 1, 1)
-        if missing == math.inf or (len(found.distance) == limit and found.distance[-1] < missing):
+        if missing == math.inf or (len(found.distance) == limit and found.distance[-1] < missing - NOISE):
             break
     return ladders, found
 
 
 def _is_too_much(options: int, axis: Axis, q: IntArray, kv: IntArray) -> bool:
-    work = options * axis.length * max(50.0, len(kv) * float((1 / q).sum()))
-    return options > MOST_OPTIONS or options * len(q) * len(kv) > MOST_ENTRIES or work > MOST_WORK
+    entries = options * len(q) * len(kv)
+    return options > MOST_OPTIONS or entries > MOST_ENTRIES or work_of(options, axis, q, kv) > MOST_WORK
 
 
 def _around(axis: Axis, radius: float, keep: Collection[str]) -> tuple[IntArray, float]:
@@ -132,21 +141,52 @@ def _around(axis: Axis, radius: float, keep: Collection[str]) -> tuple[IntArray,
     strides = np.arange(
         math.ceil(axis.stride * 2**-radius), min(math.floor(axis.stride * 2**radius), most) + 1
     )
-    pairs = np.stack(np.meshgrid(windows, strides, indexing="ij"), -1).reshape(-1, 2)
-    near = (_distance(axis, pairs) <= radius * 1e6) & (pairs[:, 1] <= pairs[:, 0])
-    for column, name in enumerate(("window", "stride")):
-        if name in keep:
-            near &= pairs[:, column] == getattr(axis, name)
+    pairs = _pairs(axis, windows, strides, keep)
     farthest = _distance(axis, np.array([[1, axis.stride], [most, axis.stride]])).max()
     farthest += _distance(axis, np.array([[axis.window, 1], [axis.window, most]])).max()
-    is_all = farthest <= radius * 1e6 or {*keep} == {"window", "stride"}
-    return pairs[near], math.inf if is_all else radius * 1e6
+    is_all = farthest <= radius or {*keep} == {"window", "stride"}
+    return pairs[_distance(axis, pairs) <= radius], math.inf if is_all else radius
+
+
+def _likely(axis: Axis, q: IntArray, kv: IntArray, keep: Collection[str]) -> IntArray:
+    """Windows and strides that are multiples of a tile's extent, or all of the axis; the nearest of them, as
+    many as can be tabulated."""
+    most = axis.length // axis.dilation
+    windows = {axis.window, most}
+    for extent in _round(kv):
+        windows |= {axis.window // extent * extent, -(-axis.window // extent) * extent}
+    strides = {axis.stride, axis.window, most} | {1 << n for n in range(most.bit_length())}
+    for extent in _round(q):
+        strides.update(range(extent, most + 1, max(extent, most // MOST_MULTIPLES // extent * extent)))
+    pairs = _pairs(axis, np.array(sorted(windows)), np.array(sorted(strides)), keep)
+    room = min(MOST_WORK / work_of(1, axis, q, kv), MOST_ENTRIES / (len(q) * len(kv)), MOST_OPTIONS)
+    return pairs[np.argsort(_distance(axis, pairs), kind="stable")[: max(int(room), 16)]]
+
+
+def _round(extents: IntArray) -> list[int]:
+    """An extent that is given, or of free ones the powers of two that most tiles are made of."""
+    return extents.tolist() if len(extents) == 1 else [n for n in extents.tolist() if n in ROUND]
+
+
+def _pairs(axis: Axis, windows: IntArray, strides: IntArray, keep: Collection[str]) -> IntArray:
+    """Those that fit the axis and keep what must stay."""
+    pairs = np.stack(np.meshgrid(windows, strides, indexing="ij"), -1).reshape(-1, 2)
+    window, stride = pairs.T
+    fit = (stride >= 1) & (stride <= window) & (window <= axis.length // axis.dilation)
+    for name, column in (("window", window), ("stride", stride)):
+        if name in keep:
+            fit &= column == getattr(axis, name)
+    return np.asarray(pairs[fit])
 
 
 def _distance(axis: Axis, options: IntArray) -> Any:
-    """In millionths, so that equal changes of different axes tie exactly."""
     ratio = np.abs(np.log2(options / (axis.window, axis.stride)))
-    return np.rint(ratio * 1e6) @ (WINDOW_WEIGHT, 1.0)
+    return ratio @ (float(WINDOW_WEIGHT), 1.0)
+
+
+def _tied(distance: Any) -> Any:
+    """Distances rounded, so that equal changes of different axes tie."""
+    return np.round(distance, 6)
 
 
 class _Found(NamedTuple):
@@ -161,7 +201,7 @@ class _Found(NamedTuple):
 
     def first(self, limit: int) -> _Found:
         """The first ``limit`` different problems."""
-        order = np.lexsort((*self.options.T[::-1], self.visited, self.distance))
+        order = np.lexsort((*self.options.T[::-1], self.visited, _tied(self.distance)))
         _, at = np.unique(self.options[order], axis=0, return_index=True)
         return _Found(*(column[order[np.sort(at)[:limit]]] for column in self))
 
@@ -178,7 +218,7 @@ class _Ladder:
         if (q, kv) not in self.cache:
             perfect = np.flatnonzero(self.table.perfect[:, q, kv])
             visited = self.table.visited[perfect, q, kv].astype(float)
-            first = np.lexsort((visited, self.distance[perfect]))[: self.limit]
+            first = np.lexsort((visited, _tied(self.distance[perfect])))[: self.limit]
             self.cache[q, kv] = perfect[first], self.distance[perfect[first]], visited[first]
         return self.cache[q, kv]  # type: ignore[no-any-return]
 
@@ -211,13 +251,13 @@ class _Closest:
         parts, bound = [], math.inf
         for q, kv in itertools.product(q_fits, kv_fits):
             which, distance, visited = self.ladders[a].rungs(q, kv)
-            if not len(which) or distance[0] > bound:
+            if not len(which) or distance.min() > bound + NOISE:
                 continue
             rest = self.from_axis(a + 1, self.q.after(a, q_before, q), self.kv.after(a, kv_before, kv))
             total = np.add.outer(distance, rest.distance)
             if total.size >= self.limit:
                 bound = min(bound, float(np.partition(total, self.limit - 1, None)[self.limit - 1]))
-            here, there = np.nonzero(total <= bound)
+            here, there = np.nonzero(total <= bound + NOISE)
             columns = (
                 (which[here], rest.options),
                 (np.full(len(here), q), rest.q),
@@ -241,8 +281,9 @@ def _nearby(
         for a in range(spec.rank)
         for change in changes_between(spec.axes[a], other.axes[a])
     )
-    plan = Plan(other, q.box(found.q[at]), kv.box(found.kv[at]), tiling)
-    return Nearby(plan, float(found.distance[at]) / 1e6, changes)
+    tiles = q.box(found.q[at]), kv.box(found.kv[at])
+    plan = Plan(other, *tiles, tiling, q.charged, kv.charged)
+    return Nearby(plan, round(float(found.distance[at]), 6), changes)
 
 
 def changes_between(before: Axis, after: Axis) -> list[str]:

@@ -12,7 +12,18 @@ from typing import TYPE_CHECKING, Any
 from gnaflex.planner import KVTiling, Plan
 from gnaflex.spec import GNA
 from gnaflex.tiles import Tile
-from gnaflex.words import USAGE, CommandError, Verb, add_problem, extents, positive, problem, require
+from gnaflex.words import (
+    USAGE,
+    CommandError,
+    Verb,
+    add_form,
+    add_problem,
+    extents,
+    grid,
+    positive,
+    problem,
+    require,
+)
 
 if TYPE_CHECKING:
     from gnaflex.searching import Row, SearchResult
@@ -36,6 +47,8 @@ def plan_fields(plan: Plan) -> dict[str, Any]:
         "q_tile": list(plan.q_tile),
         "kv_tile": list(plan.kv_tile),
         "kv_tiling": plan.kv_tiling,
+        "q_rows": plan.q_rows,
+        "kv_rows": plan.kv_rows,
         "is_block_sparse": plan.is_block_sparse,
     }
     return fields | {name: getattr(plan, name) for name in (*FIGURES, *COUNTS)}
@@ -136,6 +149,9 @@ def print_nearest(
             ]
         )
         return
+    if not found:
+        print(f"No change of windows and strides makes {spec!r} block-sparse with these tiles.")
+        return
     rows = [
         (by(one.spec.window), by(one.spec.stride), by(one.plan.q_tile), by(one.plan.kv_tile),
          one.work_speedup, f"{one.plan.sparsity:.2%}", one.distance, "; ".join(one.changes) or "as it is")
@@ -155,8 +171,7 @@ def print_nearest(
 
 
 def _row_fields(row: Row) -> dict[str, Any]:
-    return plan_fields(row.plan()) | {
-        "speedup": row.speedup,
+    return plan_fields(row.plan) | {
         "efficiency": row.efficiency,
         "reach": row.reach,
     }
@@ -175,6 +190,9 @@ def print_search(found: SearchResult, as_json: bool) -> None:
         return
     from rich.console import Console
 
+    if not found.front:
+        print(f"No problem qualifies, of {found.problems:,} windows and strides tried, each with all tiles.")
+        return
     console = Console(width=max(Console().width, NEEDED_WIDTH))
     console.print(found.table(front=True))
     console.print(found.table())
@@ -190,10 +208,24 @@ def _json(parser: argparse.ArgumentParser) -> None:
 
 def _plan_arguments(parser: argparse.ArgumentParser) -> None:
     add_problem(parser)
+    _add_tiles(parser, "static")
+    _json(parser)
+
+
+def _add_tiles(parser: argparse.ArgumentParser, tiling: KVTiling) -> None:
+    """The words that make tiles; ``tiling`` unless another is asked for."""
     parser.add_argument("--q-tile", type=extents, help="tokens of a query tile (default the best of 128)")
     parser.add_argument("--kv-tile", type=extents, help="tokens of a key tile (default the best of 128)")
-    parser.add_argument("--dynamic", action="store_true", help="key tiles begin where the keys of a query do")
-    _json(parser)
+    each = parser.add_mutually_exclusive_group()
+    parser.set_defaults(tiling=tiling)
+    for name, what in (("static", "lie on a fixed grid"), ("dynamic", "begin where the keys of a query do")):
+        default = " (default)" if name == tiling else ""
+        words = f"key tiles {what}{default}"
+        each.add_argument(f"--{name}", action="store_const", const=name, dest="tiling", help=words)
+
+
+def _per_axis(extent: Any, base: GNA) -> list[Any]:
+    return list(extent) if isinstance(extent, tuple) else [extent] * base.rank
 
 
 def _tile(extent: int | str | tuple[int | str, ...] | None, spec: GNA) -> tuple[int, ...] | None:
@@ -209,8 +241,7 @@ def _planned(options: argparse.Namespace) -> Plan:
     from gnaflex.planner import plan
 
     spec = problem(options)
-    tiling: KVTiling = "dynamic" if options.dynamic else "static"
-    return plan(spec, _tile(options.q_tile, spec), _tile(options.kv_tile, spec), tiling)
+    return plan(spec, _tile(options.q_tile, spec), _tile(options.kv_tile, spec), options.tiling)
 
 
 def _plan(options: argparse.Namespace) -> None:
@@ -231,9 +262,7 @@ def _explain(options: argparse.Namespace) -> None:
 
 def _nearest_arguments(parser: argparse.ArgumentParser) -> None:
     add_problem(parser)
-    parser.add_argument("--q-tile", type=extents, help="tokens of a query tile (default any of 128)")
-    parser.add_argument("--kv-tile", type=extents, help="tokens of a key tile (default any of 128)")
-    parser.add_argument("--static", action="store_true", help="key tiles lie on a fixed grid")
+    _add_tiles(parser, "dynamic")
     parser.add_argument("--limit", type=positive, default=10, help="how many (default 10)")
     _json(parser)
 
@@ -243,19 +272,21 @@ def _nearest(options: argparse.Namespace) -> None:
         require("plan")
     spec = problem(options)
     tiles = _tile(options.q_tile, spec), _tile(options.kv_tile, spec)
-    tiling: KVTiling = "static" if options.static else "dynamic"
-    print_nearest(spec, *tiles, tiling, options.limit, options.json)
+    print_nearest(spec, *tiles, options.tiling, options.limit, options.json)
 
 
 def _search_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("shape", metavar="SHAPE", type=extents, help="tokens per axis, like 30x48x80")
     parser.add_argument("--step", type=positive, default=1, help="windows in multiples of this (default 1)")
+    parser.add_argument("--window", type=extents, help="this window alone, as in --window=-1x8 (default all)")
+    parser.add_argument("--stride", type=extents, help="these strides alone (default all)")
+    add_form(parser)
+    _add_tiles(parser, "dynamic")
     parser.add_argument("--min-sparsity", type=float, default=0.0, help="least share of masked pairs, 0 to 1")
     parser.add_argument("--max-sparsity", type=float, default=1.0, help="greatest share of masked pairs")
-    parser.add_argument("--static", action="store_true", help="key tiles lie on a fixed grid")
     parser.add_argument("--any", action="store_true", help="problems with partial tiles too")
-    names = ("speedup", "efficiency", "reach")
-    parser.add_argument("--objective", choices=names, default="speedup", help="what sorts the rows")
+    names = ("work_speedup", "efficiency", "reach")
+    parser.add_argument("--objective", choices=names, default="work_speedup", help="what sorts the rows")
     parser.add_argument("--limit", type=positive, default=20, help="how many rows (default 20)")
     parser.add_argument("--out", type=Path, metavar="FILE", help="draw the front: a .png, .pdf or .svg")
     _json(parser)
@@ -264,25 +295,32 @@ def _search_arguments(parser: argparse.ArgumentParser) -> None:
 def _search(options: argparse.Namespace) -> None:
     if not options.json:
         require("plan")
+    from gnaflex.drawing import check_path, draw
     from gnaflex.searching import search
 
-    shape = GNA(options.shape, 1).shape
+    if options.out:
+        check_path(options.out)
+    base = grid(options)
+    every = [range(options.step, length + 1, options.step) for length in base.shape]
     found = search(
-        shape,
-        windows=[range(options.step, length + 1, options.step) for length in shape],
+        base.shape,
+        windows=every if options.window is None else _per_axis(options.window, base),
+        strides=None if options.stride is None else _per_axis(options.stride, base),
+        dilation=base.dilation,
+        is_causal=base.is_causal,
+        q_tile=_tile(options.q_tile, base),
+        kv_tile=_tile(options.kv_tile, base),
         min_sparsity=options.min_sparsity,
         max_sparsity=options.max_sparsity,
         block_sparse=not options.any,
-        kv_tiling="static" if options.static else "dynamic",
+        kv_tiling=options.tiling,
         objective=options.objective,
         progress=not options.json and sys.stderr.isatty(),
         limit=options.limit,
     )
-    if options.out:
-        from gnaflex.drawing import draw
-
-        draw(found, path=options.out)
     print_search(found, options.json)
+    if options.out:
+        draw(found, path=options.out)
 
 
 def _draw_arguments(parser: argparse.ArgumentParser) -> None:

@@ -15,12 +15,17 @@ from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 
-from gnaflex.spec import GNA, Axis, GNAError
+from gnaflex.spec import GNA, Axis, GNAError, whole
 from gnaflex.tiles import Tile, allowed_pairs, groups, relation
 from gnaflex.window import IntArray
 
 KVTiling = Literal["static", "dynamic"]
 ROWS = 128  # tokens of a tile unless given: FlexAttention's block, and what one Hopper warp group pair takes
+
+
+MOST_ROWS = 4096  # of a tile whose extents are to be found: more boxes than anyone needs
+MOST_LENGTH = 2**26  # tokens of an axis: its tables are a few numbers per token
+MOST_BOXES = 200_000  # that are weighed as tiles
 
 
 class AxisTiles(NamedTuple):
@@ -47,12 +52,16 @@ class Plan:
 
     Key tiles are those of a fixed grid (``kv_tiling="static"``: FlexAttention's blocks), or those that cut
     the key range of each query tile from its start on (``"dynamic"``: a kernel that loads boxes anywhere).
+    A tile costs ``q_rows`` or ``kv_rows`` rows, so that a dense kernel has tiles of as many tokens; None
+    stands for the tokens of the tile itself.
     """
 
     spec: GNA
     q_tile: Tile
     kv_tile: Tile
     kv_tiling: KVTiling
+    q_rows: int | None = None
+    kv_rows: int | None = None
 
     @cached_property
     def axes(self) -> tuple[tuple[AxisTiles, ...], ...]:
@@ -111,7 +120,7 @@ class Plan:
 
     @property
     def flop_speedup(self) -> float:
-        """All pairs over allowed pairs: what no tiling can exceed on average."""
+        """All pairs over allowed pairs; a tiling exceeds it only where dense tiles waste more on rounding."""
         return self.spec.num_tokens**2 / self.allowed_pairs
 
     @property
@@ -129,7 +138,7 @@ class Plan:
     def work_speedup(self) -> float:
         """Tiles of a dense kernel over tiles visited, the rounding of both grids included: dense time over
         this is the least time to expect."""
-        dense_q_tiles = -(-self.spec.num_tokens // math.prod(self.q_tile))
+        dense_q_tiles = -(-self.spec.num_tokens // (self.q_rows or math.prod(self.q_tile)))
         return dense_q_tiles * self._dense_kv_tiles / self.touched_tiles
 
     def explain(self) -> str:
@@ -138,7 +147,7 @@ class Plan:
         Example:
             >>> import gnaflex
             >>> print(gnaflex.plan(gnaflex.GNA(64, window=16, stride=16), (16,), (16,)).explain())
-            Block-sparse: none of 4 visited tiles needs a mask; work speed-up 4.00 of at most 4.00.
+            Block-sparse: none of 4 visited tiles needs a mask; work speed-up 4.00, FLOPs allow 4.00.
         """
         from gnaflex.reasons import explain  # which builds on plans
 
@@ -146,7 +155,7 @@ class Plan:
 
     @property
     def _dense_kv_tiles(self) -> int:
-        return -(-self.spec.num_tokens // math.prod(self.kv_tile))
+        return -(-self.spec.num_tokens // (self.kv_rows or math.prod(self.kv_tile)))
 
 
 def plan(
@@ -166,10 +175,10 @@ def plan(
             given is the best of all boxes that fill more than half of ``q_rows`` or ``kv_rows`` tokens,
             extents of 1 and odd ones included: the fewest visited tiles, then the fewest to mask.
         kv_tiling: "static" or "dynamic", see :class:`Plan`.
-        q_rows, kv_rows: tokens that a tile may hold when it is not given.
+        q_rows, kv_rows: tokens that a tile may hold when it is not given; one of fewer costs as much.
 
     Raises:
-        GNAError: a tile does not fit the problem; the message says what to write.
+        GNAError: a tile does not fit the problem, or an axis is too long; the message says what to write.
 
     Example:
         >>> import gnaflex
@@ -178,29 +187,55 @@ def plan(
         >>> p.is_block_sparse, round(p.flop_speedup, 2), round(p.work_speedup, 2)
         (True, 11.11, 10.42)
     """
-    if kv_tiling not in get_args(KVTiling):
+    check_choice("kv_tiling", kv_tiling, get_args(KVTiling))
+    check_spec(spec)
+    q, kv = checked_tile("q_tile", q_tile, spec), checked_tile("kv_tile", kv_tile, spec)
+    rows = whole("q_rows", q_rows, 1, MOST_ROWS), whole("kv_rows", kv_rows, 1, MOST_ROWS)
+    free = rows[0] if q is None else None, rows[1] if kv is None else None
+    if q is None or kv is None:
+        q, kv = _best_tiles(spec, q, kv, kv_tiling, *rows)
+    return Plan(spec, q, kv, kv_tiling, *free)
+
+
+def check_spec(spec: GNA) -> None:
+    """Refuse what is no problem, and axes of which no table can be made."""
+    if not isinstance(spec, GNA):
         raise GNAError(
-            f'kv_tiling must be "static" or "dynamic": got {kv_tiling!r}. Write kv_tiling="static".'
+            f"a problem is needed: got {type(spec).__name__}. Write gnaflex.GNA((30, 48, 80), window=24)."
         )
-    given = [checked_tile(name, tile, spec) for name, tile in (("q_tile", q_tile), ("kv_tile", kv_tile))]
-    if given[0] is None or given[1] is None:
-        given = list(_best_tiles(spec, given[0], given[1], kv_tiling, q_rows, kv_rows))
-    assert given[0] is not None
-    assert given[1] is not None
-    return Plan(spec, given[0], given[1], kv_tiling)
+    if (longest := max(spec.shape)) > MOST_LENGTH:
+        raise GNAError(
+            f"an axis must not exceed {MOST_LENGTH:,} tokens: axis {spec.shape.index(longest)} has "
+            f"length={longest:,}.\n  shape={spec.shape}. Split the axis."
+        )
+
+
+def check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
+    """Refuse an argument that is none of those allowed."""
+    if value not in allowed:
+        listed = ", ".join(f'"{one}"' for one in allowed)
+        raise GNAError(f'{name} must be one of {listed}: got {value!r}. Write {name}="{allowed[0]}".')
 
 
 def checked_tile(name: str, tile: Tile | None, spec: GNA) -> Tile | None:
     """A tile as integers, refused if it does not fit; None stays."""
     if tile is None:
         return None
-    extents = tuple(int(extent) for extent in tile)
-    if len(extents) != spec.rank or min(extents) < 1 or extents != tuple(tile):
+    try:
+        return _extents(tile, spec.rank)
+    except (TypeError, GNAError):
         example = (1,) * (spec.rank - 1) + (ROWS,)
         raise GNAError(
-            f"{name} must have one positive integer extent per axis: got {name}={tuple(tile)} for "
-            f"{spec.rank} axes.\n  shape={spec.shape}. Write {name}={example}, or leave it out."
-        )
+            f"{name} must have one positive integer extent per axis, up to {MOST_LENGTH:,}: got "
+            f"{name}={tile!r} for {spec.rank} axes.\n"
+            f"  shape={spec.shape}. Write {name}={example}, or leave it out."
+        ) from None
+
+
+def _extents(tile: Any, rank: int) -> Tile:
+    extents = tuple(whole("tile", extent, 1, MOST_LENGTH) for extent in tile)
+    if len(extents) != rank:
+        raise GNAError("a tile has as many extents as the grid has axes.")
     return extents
 
 
@@ -280,6 +315,11 @@ def _boxes(rows: int, lengths: tuple[int, ...]) -> IntArray:
         extents = np.arange(1, min(rows, length) + 1)
         product = np.multiply.outer(tokens, extents)
         box, extent = np.nonzero(product <= rows)
+        if len(box) > MOST_BOXES:
+            raise GNAError(
+                f"too many boxes of {rows} tokens at most for {len(lengths)} axes: over {MOST_BOXES:,}.\n"
+                f"  Give the tiles. Write q_tile={(1,) * (len(lengths) - 1) + (lengths[-1],)}."
+            )
         boxes = np.column_stack([boxes[box], extents[extent]])
         tokens = product[box, extent]
     return boxes[2 * tokens > min(rows, math.prod(lengths))]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 
@@ -11,6 +13,8 @@ from gnaflex.axis_tables import table_of
 from gnaflex.nearby import Nearby, changes_between, nearest
 from gnaflex.planner import AxisTiles, KVTiling, Plan
 from gnaflex.spec import GNA, Axis
+
+MOST_EXTENTS = 128  # smaller ones that are tried in the place of a tile's
 
 
 def explain(plan: Plan) -> str:
@@ -20,17 +24,18 @@ def explain(plan: Plan) -> str:
         >>> import gnaflex
         >>> from gnaflex.reasons import explain
         >>> print(explain(gnaflex.plan(gnaflex.GNA(64, window=16, stride=6), (8,), (8,), "dynamic")))
-        Not block-sparse: 14 of 23 visited tiles (61%) need a mask; work speed-up 2.78 of at most 4.00.
+        Not block-sparse: 14 of 23 visited tiles (61%) need a mask; work speed-up 2.78, FLOPs allow 4.00.
         axis 0 (length 64, window 16, stride 6; query tile 8, key tile 8): partial for 7 of 8 query tiles.
           7 straddle stride groups whose windows differ: queries [0, 8) need keys [0, 17), share [1, 16).
-          Mend: stride 6 -> 8; or a query tile of 1.
+          Mend: stride 6 -> 8; or a query tile of 6.
         Smallest change with these tiles: GNA(shape=(64,), window=(16,), stride=(8,)), work speed-up 4.00.
-        Block-sparse as it is with query tile (6,) and key tile (8,): work speed-up 4.00.
+        Block-sparse as it is with query tile (6,) and key tile (8,): work speed-up 2.91.
     """
-    spec, whole = plan.spec, f"work speed-up {plan.work_speedup:.2f} of at most {plan.flop_speedup:.2f}"
+    spec, whole = plan.spec, f"work speed-up {plan.work_speedup:.2f}, FLOPs allow {plan.flop_speedup:.2f}"
     notes = [note for a in range(spec.rank) for note in _note(plan, a)]
     if plan.is_block_sparse:
-        clipped = f" ({plan.clipped_tiles:,} cut off at a border)" if plan.clipped_tiles else ""
+        end = "of the grid" if plan.kv_tiling == "static" else "of the keys of a query tile"
+        clipped = f" ({plan.clipped_tiles:,} cut off at the end {end})" if plan.clipped_tiles else ""
         head = f"Block-sparse: none of {plan.touched_tiles:,} visited tiles{clipped} needs a mask; {whole}."
         return "\n".join([head, *notes])
     share = f"{plan.partial_tiles:,} of {plan.touched_tiles:,} visited tiles"
@@ -42,7 +47,8 @@ def explain(plan: Plan) -> str:
         lines += _why(plan, a, near)
         mended = mended and near is not None
         axes.append(near.spec.axes[0] if near else axis)
-    return "\n".join([*lines, *notes, *(_whole_mend(plan, axes) if mended else []), *_other_tiles(plan)])
+    whole_mends = _whole_mend(plan, axes) if mended else []
+    return "\n".join([*lines, *notes, *whole_mends, *_dynamic_mend(plan), *_other_tiles(plan)])
 
 
 def _mend(axis: Axis, q: int, kv: int, tiling: KVTiling) -> Nearby | None:
@@ -72,7 +78,11 @@ def _why(plan: Plan, a: int, near: Nearby | None) -> list[str]:
             count = sum(one.groups for one, _ in some)
             lines.append(f"  {count} {words}: {_instance(*some[0], q)}.")
     mends = [" and ".join(changes_between(axis, near.spec.axes[0]))] if near else []
-    mends += ["a query tile of 1"] if q > 1 and _is_perfect(axis, 1, kv, plan.kv_tiling) else []
+    for name, extent in (
+        ("query", _smaller(axis, q, kv, plan.kv_tiling, 0)),
+        ("key", _smaller(axis, q, kv, plan.kv_tiling, 1)),
+    ):
+        mends += [f"a {name} tile of {extent}"] if extent else []
     if plan.kv_tiling == "static" and _is_perfect(axis, q, kv, "dynamic"):
         mends.append('kv_tiling="dynamic"')
     return [*lines, *([f"  Mend: {'; or '.join(mends)}."] if mends else [])]
@@ -94,8 +104,24 @@ def _instance(one: AxisTiles, at: int, q: int) -> str:
 
 
 def _is_perfect(axis: Axis, q: int, kv: int, tiling: KVTiling) -> bool:
-    one = table_of(axis, np.array([[axis.window, axis.stride]]), np.array([q]), np.array([kv]), tiling)
-    return bool(one.perfect.all())
+    return bool(_perfect(axis, range(q, q + 1), range(kv, kv + 1), tiling).all())
+
+
+def _perfect(axis: Axis, q: range, kv: range, tiling: KVTiling) -> Any:
+    """Which extents of tiles need no mask, [query extents, key extents]."""
+    option = np.array([[axis.window, axis.stride]])
+    return table_of(axis, option, np.array(q), np.array(kv), tiling).perfect[0]
+
+
+def _smaller(axis: Axis, q: int, kv: int, tiling: KVTiling, side: int) -> int | None:
+    """The largest smaller extent of the query tile (``side`` 0) or the key tile that needs no mask."""
+    given = (q, kv)
+    extents = [range(n, n + 1) for n in given]
+    extents[side] = range(max(1, given[side] - MOST_EXTENTS), given[side])
+    if given[side] == 1:
+        return None
+    found = np.flatnonzero(_perfect(axis, extents[0], extents[1], tiling))
+    return extents[side][found[-1]] if len(found) else None
 
 
 def _note(plan: Plan, a: int) -> Iterator[str]:
@@ -108,11 +134,32 @@ def _note(plan: Plan, a: int) -> Iterator[str]:
         yield f"axis {a}: dilation {axis.dilation} leaves groups of {least} tokens, which fill no {names}."
 
 
+def _dynamic_mend(plan: Plan) -> list[str]:
+    """What dynamic key tiles would take instead."""
+    if plan.kv_tiling == "dynamic":
+        return []
+    sides = zip(plan.spec.axes, plan.q_tile, plan.kv_tile, strict=True)
+    mends = [_mend(axis, q, kv, "dynamic") for axis, q, kv in sides]
+    axes = [near.spec.axes[0] for near in mends if near]
+    if len(axes) < plan.spec.rank:
+        return []
+    pairs = enumerate(zip(plan.spec.axes, axes, strict=True))
+    changes = [f"axis {a}: {one}" for a, (before, after) in pairs for one in changes_between(before, after)]
+    spec = _with(axes, plan.spec)
+    speedup = replace(plan, spec=spec, kv_tiling="dynamic").work_speedup
+    what = f"with {'; '.join(changes)}" if changes else "as it is"
+    return [f'With kv_tiling="dynamic" it is block-sparse {what}: work speed-up {speedup:.2f}.']
+
+
 def _whole_mend(plan: Plan, axes: list[Axis]) -> list[str]:
-    window, stride = [axis.window for axis in axes], [axis.stride for axis in axes]
-    spec = GNA(plan.spec.shape, window, stride, plan.spec.dilation, plan.spec.is_causal)
-    speedup = Plan(spec, plan.q_tile, plan.kv_tile, plan.kv_tiling).work_speedup
+    spec = _with(axes, plan.spec)
+    speedup = replace(plan, spec=spec).work_speedup
     return [f"Smallest change with these tiles: {spec}, work speed-up {speedup:.2f}."]
+
+
+def _with(axes: list[Axis], spec: GNA) -> GNA:
+    window, stride = [axis.window for axis in axes], [axis.stride for axis in axes]
+    return GNA(spec.shape, window, stride, spec.dilation, spec.is_causal)
 
 
 def _other_tiles(plan: Plan) -> list[str]:

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
 
 import numpy as np
 
-from gnaflex.axis_tables import MOST_ENTRIES, AxisTable, Side, check_choice, table_of
-from gnaflex.fewest import Classes, Fewest, check_combinations, progress_bar
-from gnaflex.planner import ROWS, KVTiling, Plan, plan
-from gnaflex.spec import GNA, Axis, GNAError
+from gnaflex.axis_tables import MOST_ENTRIES, Side, work_of
+from gnaflex.fewest import Bar, Classes, Fewest, check_combinations, progress_bar
+from gnaflex.planner import ROWS, KVTiling, Plan, check_choice, check_spec
+from gnaflex.spec import GNA, Axis, GNAError, whole
 from gnaflex.tiles import Tile, groups, relation
 from gnaflex.window import IntArray
 
@@ -21,45 +21,42 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 Choices: TypeAlias = "int | range | Sequence[int | Sequence[int]] | None"
-Objective = Literal["speedup", "efficiency", "reach"]
+Objective = Literal["work_speedup", "efficiency", "reach"]
+MOST_SEARCH_WORK = 5e9  # numbers computed for an axis: about two minutes
 
 
 @dataclass(frozen=True)
 class Row:
-    """A problem found, its tiles, and figures that equal those of its plan.
+    """A problem found: its ``plan``, and how far a query sees.
 
-    ``speedup`` counts dense tiles that fill their rows, and ``efficiency`` is the share of the FLOP bound
-    that it reaches. ``reach`` is the share of an axis's length that the keys of a query span, on average
-    over the queries (window * dilation / length unless the axis is causal), as the geometric mean of the
-    axes; ``margin`` is, per axis, how many tokens each query is sure to see to both sides (dilation's gaps
-    and the grid's border aside; to one side on a causal axis).
+    ``reach`` is the share of an axis's length that the keys of a query span, on average over the queries
+    (window * dilation / length unless the axis is causal), as the geometric mean of the axes; ``margin`` is,
+    per axis, how many tokens each query is sure to see to both sides (dilation's gaps and the grid's border
+    aside; to one side on a causal axis).
     """
 
-    spec: GNA
-    q_tile: Tile
-    kv_tile: Tile
-    kv_tiling: KVTiling
-    touched_tiles: int
-    work_speedup: float
-    speedup: float
-    flop_speedup: float
-    sparsity: float
-    is_block_sparse: bool
+    plan: Plan
     reach: float
 
     @property
+    def spec(self) -> GNA:
+        """The problem."""
+        return self.plan.spec
+
+    @property
+    def work_speedup(self) -> float:
+        """That of the plan; dense tiles fill their rows."""
+        return self.plan.work_speedup
+
+    @property
     def efficiency(self) -> float:
-        """The share of the FLOP bound that ``speedup`` reaches."""
-        return self.speedup / self.flop_speedup
+        """The share of the FLOP bound that ``work_speedup`` reaches."""
+        return self.plan.work_speedup / self.plan.flop_speedup
 
     @property
     def margin(self) -> tuple[int, ...]:
         """Per axis the tokens that every query is sure to see to both sides."""
         return tuple(map(_margin, self.spec.axes))
-
-    def plan(self) -> Plan:
-        """The plan of this problem with these tiles."""
-        return plan(self.spec, self.q_tile, self.kv_tile, self.kv_tiling)
 
 
 def _margin(axis: Axis) -> int:
@@ -103,11 +100,11 @@ class SearchResult:
         for name in ("speed-up", "of bound", "sparsity", "reach", "margin"):
             shown.add_column(name, justify="right")
         for row in self.front if front else self.rows:
-            boxes = (row.spec.window, row.spec.stride, row.q_tile, row.kv_tile)
+            boxes = (row.spec.window, row.spec.stride, row.plan.q_tile, row.plan.kv_tile)
             figures = (
-                f"{row.speedup:.2f}",
+                f"{row.work_speedup:.2f}",
                 f"{row.efficiency:.0%}",
-                f"{row.sparsity:.2%}",
+                f"{row.plan.sparsity:.2%}",
                 f"{row.reach:.0%}",
             )
             shown.add_row(*map(_by, boxes), *figures, _by(row.margin))
@@ -133,7 +130,7 @@ def search(
     kv_tile: Tile | None = None,
     q_rows: int = ROWS,
     kv_rows: int = ROWS,
-    objective: Objective = "speedup",
+    objective: Objective = "work_speedup",
     each_stride: bool = False,
     progress: bool = False,
     limit: int = 20,
@@ -142,8 +139,8 @@ def search(
 
     One row per window, with the strides and tiles that visit the fewest tiles, and of equal ones the smallest
     strides (on a causal axis, where a stride changes what is seen: per window and number of keys seen).
-    Speed and what a query sees pull against each other, hence the front of ``speedup`` and ``reach``, see
-    :class:`Row`. ``efficiency`` follows from the two, so no row off the front beats one on it in all three.
+    Speed and what a query sees pull against each other, hence the front of ``work_speedup`` and ``reach``,
+    see :class:`Row`. ``efficiency`` follows from the two, so no row off the front beats one on it in all.
 
     Args:
         shape: tokens per axis.
@@ -156,7 +153,7 @@ def search(
         kv_tiling: "static" or "dynamic", see :class:`gnaflex.Plan`.
         q_tile, kv_tile: tokens per axis of a tile; None tries all boxes that fill more than half of the rows.
         q_rows, kv_rows: tokens that a tile may hold when it is not given. One of fewer costs a whole one.
-        objective: "speedup", "efficiency" or "reach": what the rows are sorted by, highest first.
+        objective: "work_speedup", "efficiency" or "reach": what the rows are sorted by, highest first.
         each_stride: one row per window and stride instead; for few windows.
         progress: show a progress bar. Ctrl-C removes it.
         limit: how many rows are wanted; the front is always whole.
@@ -168,36 +165,62 @@ def search(
     Example:
         >>> from gnaflex.searching import search
         >>> found = search((30, 48, 80), windows=(18, 24, 24), q_tile=(4, 8, 8), kv_tile=(2, 8, 8))
-        >>> found.rows[0].spec.stride, round(found.rows[0].speedup, 2)
+        >>> found.rows[0].spec.stride, round(found.rows[0].work_speedup, 2)
         ((4, 8, 8), 10.42)
     """
     check_choice("kv_tiling", kv_tiling, get_args(KVTiling))
     check_choice("objective", objective, get_args(Objective))
-    if not 0 <= min_sparsity <= max_sparsity <= 1:
+    if not all(isinstance(one, (int, float)) for one in (min_sparsity, max_sparsity)) or not (
+        0 <= min_sparsity <= max_sparsity <= 1
+    ):
         raise GNAError(
             "sparsity must be a share of 0 to 1, the least at most the greatest: "
-            f"min_sparsity={min_sparsity}, max_sparsity={max_sparsity}. Write min_sparsity=0.8."
+            f"min_sparsity={min_sparsity!r}, max_sparsity={max_sparsity!r}. Write min_sparsity=0.8."
         )
+    limit = whole("limit", limit)
+    if any(isinstance(one, str) for one in (dilation if _is_sequence(dilation) else (dilation,))):  # type: ignore[union-attr]
+        raise GNAError('a search needs a dilation in numbers: "max" depends on the window. Write dilation=2.')
     base = GNA(shape, 1, 1, dilation, is_causal)
+    check_spec(base)
     options = _choices(base, windows, strides)
     q, kv = Side.of("q_tile", q_tile, base, q_rows), Side.of("kv_tile", kv_tile, base, kv_rows)
-    _check_sizes(options, q, kv)
-    counts = [len(some) if each_stride else len(np.unique(some[:, 0])) for some in options]
-    check_combinations(counts, int(options[-1].max()))
+    _check_sizes(base, options, q, kv, each_stride)
     with progress_bar(progress) as bar:
-        tables = [
-            table_of(axis, options[a], q.extents[a], kv.extents[a], kv_tiling)
-            for a, axis in enumerate(bar(base.axes, "axes"))
-        ]
-        classes = [Classes.of(table, block_sparse, each_stride) for table in tables]
+        classes = _classes(base, options, (q, kv), kv_tiling, block_sparse, each_stride, bar)
         fewest = Fewest(classes, q, kv)
         touched = fewest.all(bar)
     found, touched, allowed = _qualifying(base, classes, touched, (min_sparsity, max_sparsity))
-    keys = {"speedup": (touched, -allowed), "efficiency": (touched / allowed, touched)}
+    keys = {"work_speedup": (touched, -allowed), "efficiency": (touched / allowed, touched)}
     order = np.lexsort(keys.get(objective, (-allowed, touched))[::-1])[:limit]
-    row = functools.partial(_row, base, tables, fewest, kv_tiling)
+    row = functools.partial(_row, base, fewest, kv_tiling)
     rows, front = ([row(int(found[at])) for at in which] for which in (order, _front(touched, allowed)))
     return SearchResult(tuple(rows), tuple(front), math.prod(map(len, options)))
+
+
+def _classes(
+    base: GNA,
+    options: list[IntArray],
+    sides: tuple[Side, Side],
+    tiling: KVTiling,
+    block_sparse: bool,
+    each_stride: bool,
+    bar: Bar,
+) -> list[Classes]:
+    """Those of every axis; equal axes share one."""
+    known: dict[Any, Classes] = {}
+    for a, axis in enumerate(base.axes):
+        extents = sides[0].extents[a], sides[1].extents[a]
+        key = _key(axis, options[a], *extents)
+        if key not in known:
+            known[key] = Classes.of(axis, options[a], extents, tiling, block_sparse, each_stride, bar)
+    return [
+        known[_key(axis, some, sides[0].extents[a], sides[1].extents[a])]
+        for a, (axis, some) in enumerate(zip(base.axes, options, strict=True))
+    ]
+
+
+def _key(axis: Axis, *arrays: IntArray) -> tuple[Any, ...]:
+    return (axis, *((one.shape, one.tobytes()) for one in arrays))
 
 
 def _qualifying(
@@ -233,25 +256,48 @@ def _choices(base: GNA, windows: Choices, strides: Choices) -> list[IntArray]:
     return out
 
 
-def _check_sizes(options: list[IntArray], q: Side, kv: Side) -> None:
-    for a, some in enumerate(options):
-        if (entries := len(some) * q.size(a) * kv.size(a)) > MOST_ENTRIES:
+def _check_sizes(base: GNA, options: list[IntArray], q: Side, kv: Side, each_stride: bool) -> None:
+    """Refuse what does not fit in memory, or takes many minutes."""
+    axes = list(zip(base.axes, options, strict=True))
+    kept = [some if each_stride or axis.is_causal else some[:, :1] for axis, some in axes]
+    counts = [len(np.unique(one, axis=0)) for one in kept]
+    check_combinations(counts, int(options[-1].max()))
+    for a, (axis, some) in enumerate(axes):
+        entries = counts[a] * q.size(a) * kv.size(a) / MOST_ENTRIES
+        excess = max(entries, work_of(len(some), axis, q.extents[a], kv.extents[a]) / MOST_SEARCH_WORK)
+        if excess > 1:
+            most, windows = int(some.max()), len(np.unique(some[:, 0]))
+            step = min(math.ceil(excess * most / windows), most)
             raise GNAError(
-                f"too much to tabulate on axis {a}: {len(some):,} windows and strides by "
-                f"{q.size(a)} x {kv.size(a)} tile extents = {entries:,} > {MOST_ENTRIES:,}.\n"
-                f"  Give tiles, or fewer windows. Write windows=range(4, {int(some.max()) + 1}, 4)."
+                f"too much to search on axis {a}, {excess:.1f} times over: {len(some):,} windows and strides "
+                f"of {axis.length:,} tokens, {q.size(a)} x {kv.size(a)} tile extents.\n"
+                f"  Give tiles, or fewer windows. Write windows=range({step}, {most + 1}, {step})."
             )
 
 
 def _spread(name: str, given: Choices, base: GNA) -> list[Sequence[int] | None]:
-    if given is None or isinstance(given, (int, range)):
-        return [[given] if isinstance(given, int) else given] * base.rank
-    if len(given) != base.rank:
+    """The windows or strides of every axis."""
+    if given is None or isinstance(given, range) or not _is_sequence(given):
+        return [_numbers(name, given)] * base.rank
+    entries = list(given)  # type: ignore[arg-type]
+    if len(entries) != base.rank:
         raise GNAError(
-            f"{name} must have one entry per axis, or be one range: got {len(given)} for rank {base.rank}.\n"
-            f"  {name}={given}. Write {name}=range(2, {max(base.shape) + 1}, 2), or one range per axis."
+            f"{name} must have one entry per axis, or be one range: got {given!r} for rank {base.rank}.\n"
+            f"  shape={base.shape}. Write {name}=range(2, {max(base.shape) + 1}, 2), or one range per axis."
         )
-    return [[one] if isinstance(one, int) else one for one in given]
+    return [_numbers(name, one) for one in entries]
+
+
+def _is_sequence(given: Any) -> bool:
+    return hasattr(given, "__len__") and not isinstance(given, str) and getattr(given, "ndim", 1) > 0
+
+
+def _numbers(name: str, given: Any) -> Sequence[int] | None:
+    """What to try on an axis: None for all, else integers, -1 among them."""
+    if given is None or isinstance(given, range):
+        return given
+    entries = given if _is_sequence(given) else [given]
+    return [whole(f"every entry of {name}", one, -1) for one in entries]
 
 
 def _front(touched: Any, allowed: Any) -> IntArray:
@@ -261,30 +307,15 @@ def _front(touched: Any, allowed: Any) -> IntArray:
     return np.asarray(order[touched[order] < ahead][::-1])
 
 
-def _row(base: GNA, tables: list[AxisTable], fewest: Fewest, tiling: KVTiling, number: int) -> Row:
+def _row(base: GNA, fewest: Fewest, tiling: KVTiling, number: int) -> Row:
     which = [int(one) for one in np.unravel_index(number, fewest.sizes)]
     at, q, kv = fewest.tiles(which), fewest.q, fewest.kv
-    options = [
-        one.option(table, w, *extents)
-        for one, table, w, extents in zip(fewest.classes, tables, which, at, strict=True)
+    chosen = [
+        one.options[one.best[i, j, w]].tolist()
+        for one, w, (i, j) in zip(fewest.classes, which, at, strict=True)
     ]
-    each = list(zip(tables, options, at, strict=True))
-    window, stride = zip(*(table.options[option].tolist() for table, option, _ in each), strict=True)
-    touched = math.prod(int(table.visited[option, i, j]) for table, option, (i, j) in each)
-    allowed = math.prod(int(table.allowed[option]) for table, option, _ in each)
-    tokens, boxes = base.num_tokens, (q.box([i for i, _ in at]), kv.box([j for _, j in at]))
-    dense = math.prod(-(-tokens // math.prod(box)) for box in boxes)
-    span = math.prod(base.dilation) * allowed / tokens**2
-    return Row(
-        spec=GNA(base.shape, window, stride, base.dilation, base.is_causal),
-        q_tile=boxes[0],
-        kv_tile=boxes[1],
-        kv_tiling=tiling,
-        touched_tiles=touched,
-        work_speedup=dense / touched,
-        speedup=-(-tokens // q.rows) * -(-tokens // kv.rows) / touched,
-        flop_speedup=tokens**2 / allowed,
-        sparsity=1 - allowed / tokens**2,
-        is_block_sparse=all(bool(table.perfect[option, i, j]) for table, option, (i, j) in each),
-        reach=span ** (1 / base.rank),
-    )
+    window, stride = zip(*chosen, strict=True)
+    spec = GNA(base.shape, window, stride, base.dilation, base.is_causal)
+    how = Plan(*(spec, q.box([i for i, _ in at]), kv.box([j for _, j in at]), tiling), q.charged, kv.charged)
+    span = math.prod(base.dilation) * how.allowed_pairs / base.num_tokens**2
+    return Row(how, span ** (1 / base.rank))

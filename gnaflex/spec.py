@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import operator
 from collections.abc import Sequence
@@ -214,6 +215,19 @@ def _integer(name: str, axis: int, value: Any) -> Any:
         f"{name} must be an integer{also}: axis {axis} has {name}={value!r} ({type(value).__name__}).\n"
         "  Use a Python, numpy or torch integer; floats and bools are not rounded or counted."
     )
+
+
+def whole(name: str, value: Any, least: int = 1, most: int | None = None) -> int:
+    """An argument as an integer within bounds, refused otherwise."""
+    number = None
+    if getattr(value, "ndim", 0) == 0 and not _is_boolean(value):
+        with contextlib.suppress(TypeError):
+            number = operator.index(value)
+    if number is None or number < least or (most is not None and number > most):
+        bounds = f"of at least {least}" if most is None else f"from {least} to {most:,}"
+        remedy = most if most is not None and number is not None and number > most else least
+        raise GNAError(f"{name} must be an integer {bounds}: got {name}={value!r}. Write {name}={remedy}.")
+    return number
 
 
 def _flag(axis: int, value: Any) -> bool:

@@ -12,12 +12,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 
-from gnaflex.planner import Plan
-from gnaflex.spec import GNAError
+from gnaflex.planner import Plan, check_choice
+from gnaflex.spec import GNAError, whole
 
 Backend = Literal["cuda", "flex", "natten"]
 
@@ -160,9 +161,14 @@ def estimate(
         >>> f"{1e3 * e.seconds:.1f} ms, {e.speedup:.1f} times faster than dense"  # NATTEN's kernel: 13.0 ms
         '12.9 ms, 10.4 times faster than dense'
     """
+    if not isinstance(plan, Plan):
+        raise GNAError(
+            f"a plan is needed: got {type(plan).__name__}. Write estimate(gnaflex.plan(spec), ...)."
+        )
+    check_choice("backend", backend, get_args(Backend))
     gpu, element = _device(device), _element_bytes(dtype)
-    kv_heads = heads if kv_heads is None else kv_heads
-    _check(backend, heads=heads, head_dim=head_dim, batch=batch, kv_heads=kv_heads)
+    heads, head_dim, batch = whole("heads", heads), whole("head_dim", head_dim), whole("batch", batch)
+    kv_heads = _kv_heads(heads, kv_heads)
     calls, tokens = heads * batch, plan.spec.num_tokens
     moved = 2 * tokens * head_dim * element * batch * (heads + kv_heads)  # bytes of q, k, v and o
     floor = moved / (1e12 * gpu.memory_rate)
@@ -200,10 +206,10 @@ def end_to_end(speedup: float, attention_share: float, sparse_share: float = 1.0
         1.63
     """
     for name, share in (("attention_share", attention_share), ("sparse_share", sparse_share)):
-        if not 0 <= share <= 1:
-            raise GNAError(f"{name} must lie in 0 to 1: got {share}. Write {name}=0.5 for a half.")
-    if not speedup > 0:
-        raise GNAError(f"speedup must be positive: got {speedup}. Write speedup=1.0 for none.")
+        if not isinstance(share, Real) or not 0 <= share <= 1:
+            raise GNAError(f"{name} must lie in 0 to 1: got {share!r}. Write {name}=0.5 for a half.")
+    if not isinstance(speedup, Real) or not 0 < speedup < math.inf:
+        raise GNAError(f"speedup must be positive and finite: got {speedup!r}. Write speedup=1.0 for none.")
     sparse = attention_share * sparse_share
     return 1 / (1 - sparse + sparse / speedup)
 
@@ -218,11 +224,8 @@ def sparse_share(steps: int, dense_steps: int) -> float:
         >>> sparse_share(50, dense_steps=15)
         0.7
     """
-    if not 0 <= dense_steps <= steps or steps < 1:
-        raise GNAError(
-            f"dense_steps must lie in 0 to steps, and steps be at least 1: got dense_steps={dense_steps}, "
-            f"steps={steps}. Write sparse_share(steps=50, dense_steps=15)."
-        )
+    steps = whole("steps", steps)
+    dense_steps = whole("dense_steps", dense_steps, 0, steps)
     return 1 - dense_steps / steps
 
 
@@ -313,17 +316,11 @@ def _element_bytes(dtype: Any) -> int:
     )
 
 
-def _check(backend: str, **counts: int) -> None:
-    if backend not in get_args(Backend):
-        raise GNAError(
-            f'backend must be one of {", ".join(get_args(Backend))}: got {backend!r}. Write backend="cuda".'
-        )
-    for name, value in counts.items():
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise GNAError(f"{name} must be a positive integer: got {name}={value!r}. Write {name}=1.")
-    heads, kv_heads = counts["heads"], counts["kv_heads"]
+def _kv_heads(heads: int, given: int | None) -> int:
+    kv_heads = heads if given is None else whole("kv_heads", given)
     if heads % kv_heads:
         raise GNAError(
             f"heads must be a multiple of kv_heads: got heads={heads}, kv_heads={kv_heads}. "
             f"Write kv_heads={math.gcd(heads, kv_heads)}."
         )
+    return kv_heads

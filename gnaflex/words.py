@@ -57,6 +57,11 @@ def add_problem(parser: argparse.ArgumentParser) -> None:
         "--window", type=extents, required=True, help="keys per axis, -1: all, as in --window=-1x8"
     )
     parser.add_argument("--stride", type=extents, default=1, help="queries that share a window (default 1)")
+    add_form(parser)
+
+
+def add_form(parser: argparse.ArgumentParser) -> None:
+    """The words for what a window is like: --dilation --causal."""
     parser.add_argument(
         "--dilation", type=extents, default=1, help="distance of neighbouring keys, or max (default 1)"
     )
@@ -68,11 +73,22 @@ def add_problem(parser: argparse.ArgumentParser) -> None:
 def problem(options: argparse.Namespace) -> GNA:
     """The GNA of the words of :func:`add_problem`."""
     spec = GNA(options.shape, options.window, options.stride, options.dilation)
+    return GNA(options.shape, options.window, options.stride, options.dilation, _flags(options, spec.rank))
+
+
+def grid(options: argparse.Namespace) -> GNA:
+    """The GNA of SHAPE and the words of :func:`add_form`, its window a single key."""
+    spec = GNA(options.shape, 1)
+    if "max" in (options.dilation if isinstance(options.dilation, tuple) else (options.dilation,)):
+        raise CommandError("--dilation max depends on the window: give a number.", USAGE)
+    return GNA(options.shape, 1, 1, options.dilation, _flags(options, spec.rank))
+
+
+def _flags(options: argparse.Namespace, rank: int) -> list[bool]:
     causal = options.causal if isinstance(options.causal, tuple) else (options.causal,)
-    if wrong := [axis for axis in causal if axis not in range(spec.rank)]:
-        raise CommandError(f"--causal names axis {wrong[0]}, the axes are 0 to {spec.rank - 1}.", USAGE)
-    flags = [axis in causal for axis in range(spec.rank)]
-    return GNA(options.shape, options.window, options.stride, options.dilation, flags)
+    if wrong := [axis for axis in causal if axis not in range(rank)]:
+        raise CommandError(f"--causal names axis {wrong[0]}, the axes are 0 to {rank - 1}.", USAGE)
+    return [axis in causal for axis in range(rank)]
 
 
 def require(extra: str) -> None:

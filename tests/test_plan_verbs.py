@@ -107,7 +107,7 @@ def test_search(capsys, tmp_path):
     code, _, err = run(capsys, "search", *words, "--min-sparsity", "2")
     assert code == 2
     assert "min_sparsity=2.0" in err
-    speedups = [one["speedup"] for one in found["rows"]]
+    speedups = [one["work_speedup"] for one in found["rows"]]
     assert speedups == sorted(speedups, reverse=True)
 
 

@@ -214,12 +214,12 @@ def test_natten_cases_plan(spec):
 def test_errors():
     spec = GNA((8, 8), 3)
     with pytest.raises(
-        GNAError, match=r"q_tile must have one positive integer extent per axis: got q_tile=\(8,\)"
+        GNAError, match=r"q_tile must have one positive integer extent per axis, .*: got q_tile=\(8,\)"
     ):
         plan(spec, (8,))
     with pytest.raises(GNAError, match="kv_tile must have"):
         plan(spec, (8, 8), (0, 8))
     with pytest.raises(GNAError, match="kv_tile must have"):
         plan(spec, (8, 8), (1.5, 8))
-    with pytest.raises(GNAError, match='kv_tiling must be "static" or "dynamic"'):
+    with pytest.raises(GNAError, match='kv_tiling must be one of "static", "dynamic"'):
         plan(spec, kv_tiling="fixed")

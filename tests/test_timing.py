@@ -240,9 +240,9 @@ def test_devices_know_their_sources_and_names():
     [
         ({"device": "RTX 9090"}, ("RTX 9090", "B200, H100, H200", 'device="H200"')),
         ({"dtype": "float32"}, ("float32", "bfloat16 or float16")),
-        ({"backend": "cudnn"}, ("cudnn", "cuda, flex, natten")),
-        ({"batch": 0}, ("batch=0", "positive")),
-        ({"heads": 1.5}, ("heads=1.5", "positive integer")),
+        ({"backend": "cudnn"}, ("cudnn", '"cuda", "flex", "natten"')),
+        ({"batch": 0}, ("batch=0", "at least 1")),
+        ({"heads": 1.5}, ("heads=1.5", "an integer")),
         ({"kv_heads": 9}, ("heads=24", "kv_heads=9", "kv_heads=3")),
     ],
 )
