@@ -25,7 +25,7 @@ ROWS = 128  # tokens of a tile unless given: FlexAttention's block, and what one
 
 MOST_ROWS = 4096  # of a tile whose extents are to be found: more boxes than anyone needs
 MOST_LENGTH = 2**26  # tokens of an axis: its tables are a few numbers per token
-MOST_BOXES = 200_000  # that are weighed as tiles
+MOST_BOXES = 20_000  # that are weighed as tiles
 
 
 class AxisTiles(NamedTuple):

@@ -144,7 +144,40 @@ def test_keep():
     assert nearest(spec, (4, 8, 8), (2, 8, 8), keep=["window", "stride"]) == []
     assert nearest(spec, (4, 8, 8), (2, 8, 8), keep=["stride"])[0].spec.stride == (16, 8, 6)
     assert nearest(GNA(64, 8, 1, 1, True), (8,), (8,)) == []
-    assert len(nearest(GNA(300_000, 4000, 37), (128,), (128,), limit=3)) <= 3
+    assert nearest(spec, (4, 8, 8), (2, 8, 8), keep="stride") == nearest(
+        spec, (4, 8, 8), (2, 8, 8), keep=["stride"]
+    )
+
+
+@pytest.mark.parametrize(
+    "spec, tile, distance",
+    [
+        (GNA(256, 128), 64, 6.0),
+        (GNA(1024, 512), 128, 7.0),
+        (GNA(8192, 512, 100), 128, 0.356144),
+        (GNA(300_000, 5000, 7), 128, 4.192645),
+    ],
+)
+def test_multiples_of_a_tile_are_found_however_far(spec, tile, distance):
+    first = nearest(spec, (tile,), (tile,), limit=3)[0]
+    assert (first.spec.stride, first.distance) == ((tile,), distance)
+    assert plan(first.spec, (tile,), (tile,), "dynamic").is_block_sparse
+
+
+def test_a_free_tile_is_charged_whole_rows():
+    one = nearest(GNA((64, 64), 32), limit=1)[0]
+    tokens = math.prod(one.plan.q_tile)
+    assert tokens < 128
+    assert one.work_speedup == 32 * 32 / one.plan.touched_tiles
+    assert plan(one.spec, one.plan.q_tile, one.plan.kv_tile, "dynamic").work_speedup > one.work_speedup
+    assert plan(GNA(65536, 1024, 100), (100,), (128,), "dynamic", q_rows=128).q_rows is None  # it was given
+
+
+def test_equal_distances_of_different_axes_tie():
+    spec = GNA((5, 4), (5, 4), (2, 2))
+    found = nearest(spec, limit=5, keep=("stride",), q_rows=6, kv_rows=6)
+    order = [(one.distance, one.plan.touched_tiles) for one in found]
+    assert order == sorted(order)
 
 
 def test_the_big_search_ends_soon():
