@@ -261,7 +261,7 @@ def _run_reference(call: Call) -> Any:
 
 
 def _run_cuda(call: Call) -> Any:
-    raise NotImplementedError("this release of gnaflex has no CUTLASS kernel yet")
+    raise NotImplementedError("no call is dispatched to the CUTLASS kernel yet")
 
 
 RUN: dict[str, Callable[[Call], Any]] = {

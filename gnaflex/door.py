@@ -242,8 +242,8 @@ def explain(
         >>> q = torch.randn(1, 2, 64, 16, requires_grad=True)
         >>> print(gnaflex.explain(q, q, q, bm))
         backend: sdpa
-          cuda: this release of gnaflex has no CUTLASS kernel yet; it needs an NVIDIA GPU of the Hopper or \
-Blackwell family, the query is on cpu
+          cuda: the CUTLASS kernel has been compiled, not run: no call is dispatched to it yet; it needs an \
+NVIDIA GPU of the Hopper or Blackwell family, the query is on cpu
           flex: FlexAttention has no backward on cpu
           reference: runs, but comes later
         mask: GNA(shape=(8, 8), window=(4, 4)), row-major; of 1 blocks of 128 x 128 0 are full, 1 partial
