@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 from gnaflex.cuda_backend.config import KernelConfig, obstacles
@@ -30,7 +31,8 @@ def compiled(config: KernelConfig) -> Any:
     from gnaflex.cuda_backend.sm90_attend import Attend
 
     kernel = Attend(config)
-    size, step = cute.sym_int, lambda: cute.sym_int64(divisibility=8)
+    size: Any = cute.sym_int
+    step: Any = functools.partial(cute.sym_int64, divisibility=8)
     tokens = [
         cute.runtime.make_fake_tensor(
             kernel.dtype,
@@ -40,7 +42,7 @@ def compiled(config: KernelConfig) -> Any:
         )
         for _ in range(4)
     ]
-    any_step = cute.sym_int64
+    any_step: Any = cute.sym_int64
     lse = cute.runtime.make_fake_tensor(
         cutlass.Float32, (size(), size(), size()), (any_step(), any_step(), 1), assumed_align=4
     )

@@ -44,7 +44,7 @@ class KernelConfig:
         """Key tiles, and value tiles, in flight: as many as fit beside the queries and the output."""
         row = 2 * self.head_dim
         room = SHARED_MEMORY - BARRIER_BYTES - 2 * Q_ROWS * row
-        return min(room // (2 * self.kv_rows * row), MOST_STAGES)
+        return int(min(room // (2 * self.kv_rows * row), MOST_STAGES))
 
 
 def obstacles(config: KernelConfig) -> list[str]:

@@ -93,7 +93,9 @@ def _box(
     atom: Any, tensor: Any, origin: Any, slot: Any, smem: Any, box: Any, head_dim: int, rows_first: bool
 ) -> Any:
     """Destination and source of the copy of a box; ``origin`` and ``box`` with the first axis fastest."""
-    at, tile, zero = (origin, 0), (box, head_dim), ((0,) * len(box), 0)
+    at: Any = (origin, 0)
+    tile: Any = (box, head_dim)
+    zero: Any = ((0,) * len(box), 0)
     if not rows_first:
         at, tile, zero = at[::-1], tile[::-1], zero[::-1]
     source = cute.local_tile(cute.domain_offset(at, tensor[None, None, slot]), tile, zero)
@@ -231,10 +233,10 @@ class Attend:
         o: cute.Tensor,
         lse: cute.Tensor,
         work: cute.Tensor,
-        lengths: tuple,
-        steps: tuple,
-        group_steps: tuple,
-        groups: tuple,
+        lengths: Any,
+        steps: Any,
+        group_steps: Any,
+        groups: Any,
         start: Int32,
         scale_log2: Float32,
         blocks: Int32,
@@ -289,11 +291,11 @@ class Attend:
         o: cute.Tensor,
         lse: cute.Tensor,
         work: cute.Tensor,
-        factors: tuple,
-        lengths: tuple,
-        steps: tuple,
-        group_steps: tuple,
-        groups: tuple,
+        factors: Any,
+        lengths: Any,
+        steps: Any,
+        group_steps: Any,
+        groups: Any,
         start: Int32,
         scale_log2: Float32,
         share: Int32,

@@ -32,14 +32,14 @@ _AnyArray = npt.NDArray[Any]
 class Launch(NamedTuple):
     """The query boxes of all dilation groups with the same lengths, dearest first.
 
-    ``lengths``: tokens of such a group per axis. ``first``, ``count``: its groups per axis are numbers
-    ``first`` to ``first + count - 1``. ``work`` [boxes, 3, axes]: the first query, the first key, the number
+    ``lengths``: tokens of such a group per axis. Per axis these are the dilation groups ``first`` to
+    ``first + groups - 1``. ``work`` [boxes, 3, axes]: the first query, the first key, the number
     of keys, in tokens of the group.
     """
 
     lengths: tuple[int, ...]
     first: tuple[int, ...]
-    count: tuple[int, ...]
+    groups: tuple[int, ...]
     work: _Ints
 
 
@@ -64,11 +64,8 @@ def chosen(spec: GNA) -> Plan | None:
     q_at_best, kv_at_best = divmod(int(cost.argmin()), len(kv_boxes))
     if cost[q_at_best, kv_at_best] == math.inf:
         return None
-    return Plan(
-        spec,
-        *(tuple(boxes[at].tolist()) for boxes, at in ((q_boxes, q_at_best), (kv_boxes, kv_at_best))),
-        "dynamic",
-    )
+    q, kv = (tuple(box.tolist()) for box in (q_boxes[q_at_best], kv_boxes[kv_at_best]))
+    return Plan(spec, q, kv, "dynamic", Q_ROWS)
 
 
 def _boxes(spec: GNA, rows: int, step: int) -> _AnyArray:
@@ -82,7 +79,7 @@ def _boxes(spec: GNA, rows: int, step: int) -> _AnyArray:
         box, extent = np.nonzero(product <= rows)
         boxes = np.column_stack([boxes[box], extents[extent]])
         tokens = product[box, extent]
-    return boxes[tokens % step == 0]
+    return np.asarray(boxes[tokens % step == 0])
 
 
 def launches(plan: Plan) -> tuple[Launch, ...]:

@@ -32,7 +32,7 @@ def seen(how: Plan):
     pairs = np.zeros((spec.num_tokens, spec.num_tokens), int)
     written = np.zeros(spec.num_tokens, int)
     for launch in launches(how):
-        groups = [range(f, f + n) for f, n in zip(launch.first, launch.count, strict=True)]
+        groups = [range(f, f + n) for f, n in zip(launch.first, launch.groups, strict=True)]
         for group, (query, key, keys) in itertools.product(itertools.product(*groups), launch.work):
             rows = tokens(spec, launch, group, query, how.q_tile)
             written[rows] += 1
@@ -141,7 +141,7 @@ def test_dilation_makes_a_launch_for_every_combination_of_group_lengths():
     spec = GNA((9, 16, 16), (1, 8, 8), (1, 8, 8), (1, 2, 1))
     assert len(launches(chosen(spec))) == 1
     uneven = GNA((17, 16), (8, 16), (8, 1), (2, 1))
-    assert [(one.lengths, one.first, one.count) for one in launches(chosen(uneven))] == [
+    assert [(one.lengths, one.first, one.groups) for one in launches(chosen(uneven))] == [
         ((9, 16), (0, 0), (1, 1)),
         ((8, 16), (1, 0), (1, 1)),
     ]
