@@ -105,9 +105,9 @@ def score_mod(spec: GNA, form: Form = "auto", *, device: torch.device | str | No
 
 
 def resolve_device(device: torch.device | str | None) -> torch.device:
-    """None is the current accelerator, or the CPU, as in ``create_block_mask``."""
+    """None is the current accelerator, or the CPU: also where torch was built for one that is not there."""
     if device is None:
-        return torch.accelerator.current_accelerator() or torch.device("cpu")
+        return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     return torch.device(device)
 
 

@@ -156,3 +156,14 @@ def test_every_form_has_the_structure_of_the_grid_alone():
             mod = gnaflex.mask_mod(spec, form, device="cpu")
             seen.add(compiled.structure_of(mod))
         assert len(seen) == 1
+
+
+def test_an_accelerator_that_is_built_in_but_not_there_is_not_used(monkeypatch):
+    """A CUDA build of torch on a machine without a GPU names cuda as its accelerator."""
+
+    def named(check_available=False):
+        return None if check_available else torch.device("cuda")
+
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", named)
+    assert mask.resolve_device(None) == CPU
+    assert gnaflex.block_mask((8, 8), window=3).kv_indices.device == CPU
