@@ -182,6 +182,10 @@ def _run_flex(call: Call) -> Any:
     tensors = call.query, call.key, call.value
     if call.query.device.type != "cuda" and call.needs_grad:  # grad mode is off, yet torch would refuse
         tensors = tuple(x.detach() for x in tensors)  # type: ignore[assignment]
+    if call.query.device.type == "cpu":  # torch 2.9's kernel refuses one tensor in several places
+        query, key, value = tensors
+        key = key.clone() if key is query else key
+        tensors = query, key, value.clone() if value is query or value is tensors[1] else value
     return compiled.flex_attention(
         *tensors, call.score_mod, call.block_mask, call.scale, call.enable_gqa, call.kernel_options, call.aux
     )

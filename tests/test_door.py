@@ -430,3 +430,15 @@ def test_graphs_are_bounded(monkeypatch):
 def test_a_spec_serves_block_mask():
     spec = GNA((5, 6), 3)
     assert gnaflex.spec_of(gnaflex.block_mask(spec, device="cpu")) == spec
+
+
+def test_one_tensor_may_be_query_key_and_value():
+    """torch 2.9 cannot compile FlexAttention for a CPU then."""
+    bm = gnaflex.block_mask((8, 16), window=3, device="cpu")
+    x = torch.randn(1, 2, 128, 16)
+    calls = [gnaflex.flex_attention(x, x, x, block_mask=bm, backend=name) for name in ("flex", "sdpa")]
+    assert torch.allclose(*calls, atol=1e-5)
+    twice = gnaflex.flex_attention(x, x + 1, x, block_mask=bm, backend="flex")
+    assert torch.allclose(
+        twice, gnaflex.flex_attention(x, x + 1, x, block_mask=bm, backend="sdpa"), atol=1e-5
+    )
