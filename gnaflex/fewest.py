@@ -14,14 +14,14 @@ from gnaflex.axis_tables import AxisTable, Side, part_of, split
 from gnaflex.spec import Axis, GNAError
 from gnaflex.window import IntArray
 
-MOST_ROWS = 20_000_000  # combinations that a search holds at once
+MOST_COMBINATIONS = 20_000_000  # combinations that a search holds at once
 
 
 def check_combinations(counts: list[int], most: int) -> None:
     """Refuse more combinations than fit in memory; ``most`` is the longest window of the last axis."""
-    if (size := math.prod(counts)) > MOST_ROWS:
+    if (size := math.prod(counts)) > MOST_COMBINATIONS:
         raise GNAError(
-            f"too many combinations to hold: {size:,} > {MOST_ROWS:,}.\n"
+            f"too many combinations to hold: {size:,} > {MOST_COMBINATIONS:,}.\n"
             f"  Give fewer windows or strides. Write windows=range(4, {most + 1}, 4)."
         )
 
