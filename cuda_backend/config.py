@@ -21,13 +21,21 @@ MOST_AXES = 3  # a tensor map has five modes; channels and heads take two
 
 @dataclass(frozen=True)
 class KernelConfig:
-    """A variant: what is fixed when it is compiled. Extents per axis, the last axis fastest."""
+    """A variant: what is fixed when it is compiled. Extents per axis, the last axis fastest; ``text`` says
+    whether there are extra tokens beside the grid."""
 
     arch: str
     dtype: str
     head_dim: int
     q_box: Tile
     kv_box: Tile
+    text: bool = False
+
+    @property
+    def name(self) -> str:
+        """As a file may be called."""
+        boxes = ("x".join(map(str, box)) for box in (self.q_box, self.kv_box))
+        return "-".join((self.arch, self.dtype, str(self.head_dim), *boxes, *["text"] * self.text))
 
     @property
     def rank(self) -> int:

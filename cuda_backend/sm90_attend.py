@@ -8,6 +8,10 @@ memory by TMA, at any token as origin; two consumer groups of 64 rows each compu
 with S of the next tile on the tensor cores while P V of this one is. Outputs leave through shared memory, row
 by row, as only the token's own coordinates say whether a row exists.
 
+Extra (text) tokens lie before and behind the grid in the same sequence. Their keys come as line tiles: rows
+of the whole sequence, by maps of rank 3, behind the boxes in the same loop; their queries are further work
+items, 128 rows each, over line tiles of everything.
+
 Barriers, per stage and shared by both groups: full (TMA's bytes), empty (one arrival per consumer thread).
 Tile ``n`` of a block, counted over all its work, is in stage ``n % stages``, phase ``n // stages % 2``.
 """
@@ -17,13 +21,14 @@ from __future__ import annotations
 import math
 from typing import Any, NamedTuple
 
+import cuda.bindings.driver as cuda
 import cutlass
 import cutlass.cute as cute
 import cutlass.memory
 from cutlass import Float32, Int32, Int64
 from cutlass.cute.nvgpu import OperandMajorMode, cpasync, warp, warpgroup
 from gnaflex.cuda_backend.config import KernelConfig
-from gnaflex.cuda_backend.tile_walk import Q_ROWS, unravel
+from gnaflex.cuda_backend.tile_walk import Q_ROWS, SPANS, TEXTS, unravel
 
 GROUP = 128  # threads of a warp group
 CONSUMERS = 2 * GROUP
@@ -31,7 +36,6 @@ THREADS = CONSUMERS + GROUP
 PRODUCER_WARP = CONSUMERS // 32
 PRODUCER_REGISTERS, CONSUMER_REGISTERS = 24, 240  # 128 * 24 + 256 * 240 <= 65,536
 EPILOGUE_BARRIER = 1  # and the next, one for each consumer group
-SPANS = 3  # rows of an entry of the work list: first query, first key, number of keys
 LN_2 = math.log(2)
 
 
@@ -206,7 +210,111 @@ def init(bars: Barriers, stages: int) -> None:
             cute.arch.mbarrier_init(empty + stage, CONSUMERS)
 
 
+# ---- the work ----------------------------------------------------------------------------------------
+
+
+class Texts:
+    """Extra tokens of a launch: per run before the grid, behind it, and of keys alone its tokens and its
+    column in ``valid`` [batch, columns], how many of them are keys; and whether they are queries here too."""
+
+    def __init__(self, numbers: Any, keys: Any, valid: Any) -> None:
+        prefix, suffix, extra, *self.columns, self.are_queries = numbers
+        self.tokens, self.valid = (prefix, suffix, extra), valid
+        self.grid = keys - prefix - suffix - extra
+        behind = prefix + self.grid
+        self.starts = (0, behind, behind + suffix)
+        self.tiles = tuple((n + Q_ROWS - 1) // Q_ROWS for n in (prefix, suffix))
+
+    def runs(self, batch: Any, is_text: Any) -> Any:
+        """First row and number of keys of every run that an item sees by lines: a text query the grid too."""
+        runs = [(self.tokens[0], cutlass.select_(is_text, self.grid, Int32(0)))]
+        for start, count, column in zip(self.starts, self.tokens, self.columns, strict=True):
+            runs.append((Int32(start), cutlass.max(cutlass.min(count, self.valid[batch, column]), Int32(0))))
+        return runs
+
+
+class Schedule:
+    """What all blocks do: items, text queries first as they see most keys, then boxes of the work list."""
+
+    def __init__(self, work: Any, places: Any, texts: Any, kernel: Any) -> None:
+        self.work, self.places, self.texts, self.kernel = work, places, texts, kernel
+        self.items = Int32(work.shape[0])
+        for count in places:
+            self.items *= count
+        self.text_items = Int32(0)
+        if texts is not None:
+            self.text_items = texts.are_queries * (texts.tiles[0] + texts.tiles[1]) * places[0] * places[1]
+            self.items += self.text_items
+
+
+class Item:
+    """Item ``number``, a box of the work list or 128 text queries, with its keys: spans per axis with the
+    first axis fastest; head, batch entry, groups. CuTe carries what methods are called on; so it has none."""
+
+    def __init__(self, schedule: Schedule, number: Any) -> None:
+        kernel, work, texts = schedule.kernel, schedule.work, schedule.texts
+        number, mine = number - schedule.text_items, number
+        at = cutlass.max(number, Int32(0))
+        box, slot = at % work.shape[0], at // work.shape[0]
+        self.q0, self.k0, self.keys = (
+            [work[box, span, axis] for axis in reversed(range(kernel.rank))] for span in range(SPANS)
+        )
+        self.head, self.batch, *self.groups = unravel(slot, schedule.places[::-1])[::-1]
+        self.counts = [(n + size - 1) // size for n, size in zip(self.keys, kernel.kv_box, strict=True)]
+        self.boxes = math.prod(self.counts[1:], start=self.counts[0])
+        self.clips = self.keys[0] % kernel.kv_box[0] != 0
+        for n, size in zip(self.keys[1:], kernel.kv_box[1:], strict=True):
+            self.clips = cutlass.or_(self.clips, n % size != 0)
+        self.tiles = self.boxes
+        if texts is not None:
+            self.as_text(number < 0, mine, schedule)
+
+    def as_text(self, is_text: Any, number: Any, schedule: Schedule) -> None:
+        """What differs where there is text; ``first`` and ``end`` are rows of the sequence."""
+        heads, texts, rows = schedule.places[0], schedule.texts, schedule.kernel.rows
+        tiles = cutlass.max(texts.tiles[0] + texts.tiles[1], Int32(1))
+        tile, slot = number % tiles, number // tiles
+        behind = tile >= texts.tiles[0]
+        first = cutlass.select_(behind, texts.starts[1] - texts.tiles[0] * Q_ROWS, Int32(0))
+        self.is_text, self.first = is_text, first + tile * Q_ROWS
+        self.end = cutlass.select_(behind, texts.starts[1] + texts.tokens[1], texts.tokens[0])
+        self.head = cutlass.select_(is_text, slot % heads, self.head)
+        self.batch = cutlass.select_(is_text, slot // heads, self.batch)
+        self.boxes = cutlass.select_(is_text, Int32(0), self.boxes)
+        self.runs = texts.runs(self.batch, is_text)
+        self.lines = [(count + rows - 1) // rows for _, count in self.runs]
+        self.tiles = self.boxes + self.lines[0] + self.lines[1] + self.lines[2] + self.lines[3]
+
+
+def line(item: Any, i: Any, rows: int) -> Any:
+    """The first row of line tile ``i``, and how many keys are left from there on in its run."""
+    (start, count), before = item.runs[0], item.lines[0]
+    first, left = start + i * rows, count - i * rows
+    for (start, count), tiles in zip(item.runs[1:], item.lines[1:], strict=True):
+        here, past = i >= before, (i - before) * rows
+        first = cutlass.select_(here, start + past, first)
+        left = cutlass.select_(here, count - past, left)
+        before += tiles
+    return first, left
+
+
+def slot(item: Any, factors: Any, head: Any) -> Any:
+    """Where a head's tokens lie in the mode of heads, batch entries and groups."""
+    place = head * factors[0] + item.batch * factors[1]
+    for at, factor in zip(item.groups, factors[2:], strict=False):  # lines know no groups
+        place += at * factor
+    return place
+
+
 # ---- the kernel --------------------------------------------------------------------------------------
+
+
+class Maps(NamedTuple):
+    """Copy atoms and tensors of queries, keys and values, and what head, batch and group count in each."""
+
+    q: Any
+    k: Any
+    v: Any
 
 
 class Attend:
@@ -215,11 +323,12 @@ class Attend:
     def __init__(self, config: KernelConfig) -> None:
         self.config = config
         self.dtype = {"bfloat16": cutlass.BFloat16, "float16": cutlass.Float16}[config.dtype]
-        self.D, self.rows, self.stages, self.rank = (
+        self.D, self.rows, self.stages, self.rank, self.text = (
             config.head_dim,
             config.kv_rows,
             config.stages,
             config.rank,
+            config.text,
         )
         self.q_box, self.kv_box = config.q_box[::-1], config.kv_box[::-1]  # the first axis fastest, as CuTe's
         self.q_tokens = math.prod(self.q_box)
@@ -227,27 +336,40 @@ class Attend:
     @cute.jit
     def launch(
         self,
-        q: cute.Tensor,
-        k: cute.Tensor,
-        v: cute.Tensor,
-        o: cute.Tensor,
-        lse: cute.Tensor,
-        work: cute.Tensor,
+        q: cute.Pointer,
+        k: cute.Pointer,
+        v: cute.Pointer,
+        o: cute.Pointer,
+        lse: cute.Pointer,
+        work: cute.Pointer,
+        valid: cute.Pointer,
+        stream: cuda.CUstream,
+        strides: Any,
+        sizes: Any,
         lengths: Any,
         steps: Any,
         group_steps: Any,
         groups: Any,
+        texts: Any,
         start: Int32,
-        scale_log2: Float32,
         blocks: Int32,
-        stream: Any,
+        scale_log2: Float32,
     ) -> None:
-        """Attention of [batch, heads, rows, head_dim] over the boxes of ``work`` [boxes, 3, axes].
-
-        ``scale_log2``: the softmax scale times log2(e), positive. ``lse`` [batch, heads, rows] is natural.
-        """
-        grid = Grid(lengths, steps, group_steps, groups, start)
-        (mQ, fQ), (mK, fK), (mV, fV) = (view(x, grid, self.D) for x in (q, k, v))
+        """Attention of [batch, heads, rows, head_dim] over the boxes of ``work`` and the extra tokens; what
+        the arguments mean is said in abi.py."""
+        batch, heads, kv_heads, queries, keys, boxes, valid_step = sizes
+        mQ, mK, mV, mO = (
+            self.tokens(x, batch, number, rows, strides[3 * i : 3 * i + 3])
+            for i, (x, number, rows) in enumerate(
+                ((q, heads, queries), (k, kv_heads, keys), (v, kv_heads, keys), (o, heads, queries))
+            )
+        )
+        shape = (batch, heads, queries)
+        mL = cute.make_tensor(lse, cute.make_layout(shape, stride=(Int64(heads) * queries, queries, 1)))
+        mW = cute.make_tensor(
+            work, cute.make_layout((boxes, SPANS, self.rank), stride=(SPANS * self.rank, self.rank, 1))
+        )
+        counts = cute.make_tensor(valid, cute.make_layout((batch, TEXTS), stride=(valid_step, 1)))
         kind = warpgroup.SmemLayoutAtomKind
         by_row, by_channel = (
             warpgroup.make_smem_layout_atom(a, self.dtype) for a in (kind.K_SW128, kind.MN_SW128)
@@ -256,10 +378,13 @@ class Attend:
         lQ_box = cute.tile_to_shape(by_row, (self.q_tokens, self.D), order=(0, 1))
         lK = cute.tile_to_shape(by_row, (self.rows, self.D, self.stages), order=(0, 1, 2))
         lV = cute.tile_to_shape(by_channel, (self.D, self.rows, self.stages), order=(1, 0, 2))
-        load = cpasync.CopyBulkTensorTileG2SOp()
-        aQ, mQ = cpasync.make_tiled_tma_atom(load, mQ, lQ_box, (self.q_box, self.D))
-        aK, mK = cpasync.make_tiled_tma_atom(load, mK, lK, (self.kv_box, self.D))
-        aV, mV = cpasync.make_tiled_tma_atom(load, _transposed(mV), lV, (self.D, self.kv_box))
+        grid = Grid(lengths, steps, group_steps, groups, start)
+        smem = (lQ_box, lK, lV)
+        by_box = self.maps((mQ, mK, mV), (grid, grid), smem, self.q_box, self.kv_box)
+        by_line = None
+        if cutlass.const_expr(self.text):
+            whole = tuple(Grid((n,), (1,), (), (), 0) for n in (queries, keys))
+            by_line = self.maps((mQ, mK, mV), whole, (lQ, lK, lV), (Q_ROWS,), (self.rows,))
         rows, channels = OperandMajorMode.K, OperandMajorMode.MN
         source = warpgroup.OperandSource
         qk, pv = (
@@ -270,37 +395,49 @@ class Attend:
             )
         )
         self.kernel(
-            qk, pv, aQ, mQ, aK, mK, aV, mV, lQ, lK, lV, o, lse, work,
-            (fQ, fK, fV), lengths, steps, group_steps, groups, start, scale_log2, q.shape[1] // k.shape[1],
+            qk, pv, by_box, by_line, lQ, lK, lV, mO, mL, mW, counts,
+            (lengths, steps, group_steps, groups, start), texts, keys, scale_log2, heads // kv_heads,
         ).launch(grid=(blocks, 1, 1), block=(THREADS, 1, 1), stream=stream, min_blocks_per_mp=1)  # fmt: skip
+
+    def tokens(self, x: Any, batch: Any, heads: Any, rows: Any, strides: Any) -> cute.Tensor:
+        """[batch, heads, rows, head_dim] at a pointer."""
+        by = tuple(cute.assume(one, divby=8) for one in strides)
+        return cute.make_tensor(x, cute.make_layout((batch, heads, rows, self.D), stride=(*by, 1)))
+
+    def maps(self, tensors: Any, grids: Any, smem: Any, q_box: Any, kv_box: Any) -> Maps:
+        """The tensor maps that bring boxes of these tensors into these layouts."""
+        load = cpasync.CopyBulkTensorTileG2SOp()
+        (xQ, fQ), (xK, fK), (xV, fV) = (
+            view(x, grid, self.D) for x, grid in zip(tensors, (grids[0], grids[1], grids[1]), strict=True)
+        )
+        lQ, lK, lV = smem
+        return Maps(
+            (*cpasync.make_tiled_tma_atom(load, xQ, lQ, (q_box, self.D)), fQ),
+            (*cpasync.make_tiled_tma_atom(load, xK, lK, (kv_box, self.D)), fK),
+            (*cpasync.make_tiled_tma_atom(load, _transposed(xV), lV, (self.D, kv_box)), fV),
+        )
 
     @cute.kernel
     def kernel(
         self,
         qk: cute.TiledMma,
         pv: cute.TiledMma,
-        aQ: cute.CopyAtom,
-        mQ: cute.Tensor,
-        aK: cute.CopyAtom,
-        mK: cute.Tensor,
-        aV: cute.CopyAtom,
-        mV: cute.Tensor,
+        by_box: Any,
+        by_line: Any,
         lQ: cute.ComposedLayout,
         lK: cute.ComposedLayout,
         lV: cute.ComposedLayout,
         o: cute.Tensor,
         lse: cute.Tensor,
         work: cute.Tensor,
-        factors: Any,
-        lengths: Any,
-        steps: Any,
-        group_steps: Any,
-        groups: Any,
-        start: Int32,
+        counts: cute.Tensor,
+        grid: Any,
+        texts: Any,
+        keys: Int32,
         scale_log2: Float32,
         share: Int32,
     ) -> None:
-        """A block: its share of the work, one query box after another."""
+        """A block: its share of the work, one item after another."""
 
         @cute.struct
         class Shared:
@@ -324,80 +461,90 @@ class Attend:
         cute.arch.mbarrier_init_fence()
         cute.arch.sync_threads()
 
-        places = (o.shape[1], o.shape[0], *groups)
-        items = Int32(work.shape[0])
-        for count in places:
-            items *= count
-        first, _, _ = cute.arch.block_idx()
-        every, _, _ = cute.arch.grid_dim()
-        schedule = (first, items, every, places, work)
+        extra = Texts(texts, keys, counts) if self.text else None
+        schedule = Schedule(work, (o.shape[1], o.shape[0], *grid[3]), extra, self)
         if warp_number >= PRODUCER_WARP:
             cute.arch.setmaxregister_decrease(PRODUCER_REGISTERS)
             if warp_number == PRODUCER_WARP:
-                self.produce(schedule, (aQ, mQ, aK, mK, aV, mV), (sQ, sK, sV), bars, factors, share)
+                self.produce(schedule, by_box, by_line, (sQ, sK, sV), bars, share)
         else:
             cute.arch.setmaxregister_increase(CONSUMER_REGISTERS)
-            out = (o, lse, lengths, steps, group_steps, start)
-            self.consume(schedule, qk, pv, (sQ, sK, sV, sO), bars, out, tid, scale_log2)
-
-    def entry(self, schedule: Any, item: Any) -> Any:
-        """Spans of a work item per axis with the first axis fastest, and its head, batch entry and groups."""
-        _, _, _, places, work = schedule
-        box, slot = item % work.shape[0], item // work.shape[0]
-        spans = [[work[box, span, axis] for axis in reversed(range(self.rank))] for span in range(SPANS)]
-        return spans, unravel(slot, places[::-1])[::-1]
+            self.consume(schedule, qk, pv, (sQ, sK, sV, sO), bars, (o, lse, grid), tid, scale_log2)
 
     @cute.jit
-    def produce(self, schedule: Any, tma: Any, smem: Any, bars: Any, factors: Any, share: Int32) -> None:
-        """One warp: the boxes of every item, in the order in which the consumers take them."""
-        first, items, every, _, _ = schedule
-        aQ, mQ, aK, mK, aV, mV = tma
+    def produce(self, schedule: Any, by_box: Any, by_line: Any, smem: Any, bars: Any, share: Int32) -> None:
+        """One warp: the tiles of every item, in the order in which the consumers take them."""
         sQ, sK, sV = smem
         sQ_box = cute.local_tile(sQ, (self.q_tokens, self.D), (0, 0))
         tile = Int32(0)
         turn = Int32(0)
-        for item in cutlass.range(first, items, every, unroll=1):
-            (q0, k0, keys), (head, *rest) = self.entry(schedule, item)
-            counts = [(n + extent - 1) // extent for n, extent in zip(keys, self.kv_box, strict=True)]
-            slots = []
-            for factor, h in zip(factors, (head, head // share, head // share), strict=True):
-                slot = h * factor[0]
-                for place, each in zip(rest, factor[1:], strict=True):
-                    slot += place * each
-                slots.append(slot)
-            tQs, tQg = _box(aQ, mQ, tuple(q0), slots[0], sQ_box, self.q_box, self.D, True)
+        first, _, _ = cute.arch.block_idx()
+        every, _, _ = cute.arch.grid_dim()
+        for number in cutlass.range(first, schedule.items, every, unroll=1):
+            item = Item(schedule, number)
             cute.arch.mbarrier_wait(bars.q_empty, (turn & 1) ^ 1)
-            with cute.arch.elect_one():
-                cute.arch.mbarrier_arrive_and_expect_tx(bars.q_full, 2 * self.q_tokens * self.D)
-            cute.copy(aQ, tQg, tQs, tma_bar_ptr=bars.q_full)
-            total = counts[0]
-            for count in counts[1:]:
-                total *= count
-            for i in cutlass.range(total, unroll=1):
-                stage, phase = tile % self.stages, tile // self.stages & 1
-                place = unravel(i, tuple(counts[::-1]))[::-1]
-                origin = tuple(k0[a] + place[a] * self.kv_box[a] for a in range(self.rank))
-                tKs, tKg = _box(aK, mK, origin, slots[1], sK, self.kv_box, self.D, True)
-                tVs, tVg = _box(aV, mV, origin, slots[2], sV, self.kv_box, self.D, False)
-                self.bring(aK, tKg, tKs[None, stage], bars.k_full + stage, bars.k_empty + stage, phase)
-                self.bring(aV, tVg, tVs[None, stage], bars.v_full + stage, bars.v_empty + stage, phase)
+            if cutlass.const_expr(self.text):
+                if item.is_text:
+                    self.bring_queries(by_line, item, (item.first,), sQ, (Q_ROWS,), bars)
+                else:
+                    self.bring_queries(by_box, item, tuple(item.q0), sQ_box, self.q_box, bars)
+            else:
+                self.bring_queries(by_box, item, tuple(item.q0), sQ_box, self.q_box, bars)
+            for i in cutlass.range(item.boxes, unroll=1):
+                place = unravel(i, tuple(item.counts[::-1]))[::-1]
+                origin = tuple(item.k0[a] + place[a] * self.kv_box[a] for a in range(self.rank))
+                self.bring(by_box, item, origin, (sK, sV), self.kv_box, bars, tile, share)
                 tile += 1
+            if cutlass.const_expr(self.text):
+                for i in cutlass.range(item.tiles - item.boxes, unroll=1):
+                    row, _ = line(item, i, self.rows)
+                    self.bring(by_line, item, (row,), (sK, sV), (self.rows,), bars, tile, share)
+                    tile += 1
             turn += 1
 
     @cute.jit
-    def bring(self, atom: Any, source: Any, target: Any, full: Any, empty: Any, phase: Int32) -> None:
-        """A box of keys or values once its stage is free; rows off the grid count as bytes too."""
-        cute.arch.mbarrier_wait(empty, phase ^ 1)
+    def bring_queries(
+        self, maps: Any, item: Any, origin: Any, smem: Any, box: cutlass.Constexpr, bars: Any
+    ) -> None:
+        """A box of queries; rows off the grid count as bytes too."""
+        atom, tensor, factors = maps[0]
+        target, source = _box(
+            atom, tensor, origin, slot(item, factors, item.head), smem, box, self.D, rows_first=True
+        )
         with cute.arch.elect_one():
-            cute.arch.mbarrier_arrive_and_expect_tx(full, 2 * self.rows * self.D)
-        cute.copy(atom, source, target, tma_bar_ptr=full)
+            cute.arch.mbarrier_arrive_and_expect_tx(bars.q_full, 2 * math.prod(box) * self.D)
+        cute.copy(atom, source, target, tma_bar_ptr=bars.q_full)
+
+    @cute.jit
+    def bring(
+        self,
+        maps: Any,
+        item: Any,
+        origin: Any,
+        smem: Any,
+        box: cutlass.Constexpr,
+        bars: Any,
+        tile: Int32,
+        share: Int32,
+    ) -> None:
+        """A tile of keys and one of values, each once its stage is free."""
+        stage, phase = tile % self.stages, tile // self.stages & 1
+        parts = (maps[1], smem[0], True, bars.k_full, bars.k_empty), (
+            maps[2], smem[1], False, bars.v_full, bars.v_empty,
+        )  # fmt: skip
+        for (atom, tensor, factors), target, rows_first, full, empty in parts:
+            place = slot(item, factors, item.head // share)
+            into, source = _box(atom, tensor, origin, place, target, box, self.D, rows_first)
+            cute.arch.mbarrier_wait(empty + stage, phase ^ 1)
+            with cute.arch.elect_one():
+                cute.arch.mbarrier_arrive_and_expect_tx(full + stage, 2 * self.rows * self.D)
+            cute.copy(atom, source, into[None, stage], tma_bar_ptr=full + stage)
 
     @cute.jit
     def consume(
         self, schedule: Any, qk: Any, pv: Any, smem: Any, bars: Any, out: Any, tid: Int32, scale_log2: Float32
     ) -> None:
         """Two warp groups, 64 query rows each."""
-        first, items, every, _, _ = schedule
         sQ, sK, sV, sO = smem
         thread_qk, thread_pv = qk.get_slice(tid), pv.get_slice(tid)
         rQ = qk.make_fragment_A(thread_qk.partition_A(sQ))
@@ -415,15 +562,10 @@ class Attend:
         pv.set(warpgroup.Field.ACCUMULATE, True)
         tile = Int32(0)
         turn = Int32(0)
-        for item in cutlass.range(first, items, every, unroll=1):
-            (q0, _, keys), slot = self.entry(schedule, item)
-            counts = [(n + extent - 1) // extent for n, extent in zip(keys, self.kv_box, strict=True)]
-            tiles = counts[0]
-            for count in counts[1:]:
-                tiles *= count
-            clips = keys[0] % self.kv_box[0] != 0
-            for n, extent in zip(keys[1:], self.kv_box[1:], strict=True):
-                clips = cutlass.or_(clips, n % extent != 0)
+        first, _, _ = cute.arch.block_idx()
+        every, _, _ = cute.arch.grid_dim()
+        for number in cutlass.range(first, schedule.items, every, unroll=1):
+            item = Item(schedule, number)
             acc.fill(0.0)
             top.fill(-Float32.inf)
             total.fill(0.0)
@@ -434,12 +576,11 @@ class Attend:
             self.scores(qk, S, rQ, rK, stage)
             warpgroup.wait_group(0)
             cute.arch.mbarrier_arrive(bars.k_empty + stage)
-            if clips:
-                self.clip(S3, Int32(0), counts, keys)
+            self.mask(S3, Int32(0), item)
             softmax(S3, top, total, change, scale_log2, self.rows)
             self.round(S3, pairs)
 
-            for i in cutlass.range(1, tiles, unroll=1):
+            for i in cutlass.range(1, item.tiles, unroll=1):
                 v_stage, v_phase = stage, phase
                 tile += 1
                 stage, phase = tile % self.stages, tile // self.stages & 1
@@ -449,8 +590,7 @@ class Attend:
                 self.outputs(pv, acc, P, rV, v_stage)
                 warpgroup.wait_group(1)
                 cute.arch.mbarrier_arrive(bars.k_empty + stage)
-                if clips:
-                    self.clip(S3, i, counts, keys)
+                self.mask(S3, i, item)
                 softmax(S3, top, total, change, scale_log2, self.rows)
                 _settle(total)
                 warpgroup.wait_group(0)
@@ -468,7 +608,7 @@ class Attend:
             cute.arch.mbarrier_arrive(bars.v_empty + stage)
             tile += 1
             turn += 1
-            self.finish(pv, acc, acc3, sO, top, total, scale_log2, out, q0, slot, tid)
+            self.finish(pv, acc, acc3, sO, top, total, scale_log2, out, item, tid)
 
     @cute.jit
     def scores(self, qk: Any, S: Any, rQ: Any, rK: Any, stage: Int32) -> None:
@@ -501,11 +641,25 @@ class Attend:
                 )
 
     @cute.jit
-    def clip(self, S3: cute.Tensor, i: Int32, counts: Any, keys: Any) -> None:
+    def mask(self, S3: cute.Tensor, i: Int32, item: Any) -> None:
+        """Hide what tile ``i`` of an item holds beyond its keys."""
+        if cutlass.const_expr(self.text):
+            if i < item.boxes:
+                self.clip(S3, i, item)
+            else:
+                _, left = line(item, i - item.boxes, self.rows)
+                if left < self.rows:
+                    hide(S3, key_words((left,), (self.rows,)), self.rows)
+        else:
+            self.clip(S3, i, item)
+
+    @cute.jit
+    def clip(self, S3: cute.Tensor, i: Int32, item: Any) -> None:
         """Hide what tile ``i`` of the key box holds beyond it."""
-        place = unravel(i, tuple(counts[::-1]))  # the last axis of the grid fastest, and first in ``counts``
-        left = [keys[a] - place[self.rank - 1 - a] * self.kv_box[a] for a in range(self.rank)]
-        hide(S3, key_words(tuple(left[::-1]), self.config.kv_box), self.rows)
+        if item.clips:
+            place = unravel(i, tuple(item.counts[::-1]))[::-1]
+            left = [n - at * size for n, at, size in zip(item.keys, place, self.kv_box, strict=True)]
+            hide(S3, key_words(tuple(left[::-1]), self.config.kv_box), self.rows)
 
     @cute.jit
     def finish(
@@ -518,16 +672,11 @@ class Attend:
         total: Any,
         scale_log2: Float32,
         out: Any,
-        q0: Any,
-        slot: Any,
+        item: Any,
         tid: Int32,
     ) -> None:
         """Normalise, and write the rows that are tokens, with their log-sum-exp."""
-        o, lse, lengths, steps, group_steps, start = out
-        head, batch, *group = slot
-        base = start
-        for place, step in zip(group, group_steps, strict=True):
-            base += place * step
+        o, lse, grid = out
         lane, wg = tid % 32, tid // GROUP
         for r in cutlass.range_constexpr(2):
             whole = total[r] + cute.arch.shuffle_sync_bfly(total[r], offset=1)
@@ -536,10 +685,9 @@ class Attend:
             for j in cutlass.range_constexpr(self.D // 8):
                 for v in cutlass.range_constexpr(2):
                     acc3[v, r, j] = acc3[v, r, j] * inverse
-            row = tid // 32 * 16 + lane // 4 + 8 * r
-            is_token, token = self.token(row, q0, lengths, steps)
+            is_token, token = self.token(tid // 32 * 16 + lane // 4 + 8 * r, item, grid)
             if is_token and lane % 4 == 0:
-                lse[batch, head, base + token] = (top[r] * scale_log2 + cute.math.log2(whole)) * LN_2
+                lse[item.batch, item.head, token] = (top[r] * scale_log2 + cute.math.log2(whole)) * LN_2
         rounded = cute.make_rmem_tensor_like(acc, self.dtype)
         rounded.store(acc.load().to(self.dtype))
         copy = cute.make_tiled_copy_C(cute.make_copy_atom(warp.StMatrix8x8x16bOp(False, 4), self.dtype), pv)
@@ -550,20 +698,26 @@ class Attend:
         pieces = self.D // 8  # of 16 bytes in a row
         for turn in cutlass.range_constexpr(64 * pieces // GROUP):
             row = wg * 64 + turn * (GROUP // pieces) + tid % GROUP // pieces
-            is_token, token = self.token(row, q0, lengths, steps)
+            is_token, token = self.token(row, item, grid)
             if is_token:
                 piece = tid % pieces
                 source = cute.zipped_divide(sO[row, None], (8,))[None, piece]
-                target = cute.zipped_divide(o[batch, head, base + token, None], (8,))[None, piece]
+                target = cute.zipped_divide(o[item.batch, item.head, token, None], (8,))[None, piece]
                 cute.autovec_copy(source, target)
 
-    def token(self, row: Any, q0: Any, lengths: Any, steps: Any) -> Any:
-        """Whether a row of the query box is a token, and how far it is from the start of its group."""
+    def token(self, row: Any, item: Any, grid: Any) -> Any:
+        """Whether a row of the queries is a token, and which row of the sequence."""
+        lengths, steps, group_steps, _, token = grid
+        for place, step in zip(item.groups, group_steps, strict=True):
+            token += place * step
         place = unravel(row, self.config.q_box)
         is_token = row < self.q_tokens
-        token = Int32(0)
         for a in range(self.rank):
-            at = q0[self.rank - 1 - a] + place[a]
+            at = item.q0[self.rank - 1 - a] + place[a]
             is_token = cutlass.and_(is_token, at < lengths[a])
             token += at * steps[a]
+        if self.text:
+            line = item.first + row
+            is_token = cutlass.select_(item.is_text, line < item.end, is_token)
+            token = cutlass.select_(item.is_text, line, token)
         return is_token, token

@@ -21,6 +21,8 @@ from gnaflex.tiles import Tile, groups
 
 Q_ROWS = KV_ROWS = 128  # rows of the largest box: two consumer warp groups of 64 query rows; 128 columns of S
 Q_STEP = 8  # rows of a box: shared memory is swizzled 8 rows at a time
+SPANS = 3  # rows of an entry of the work list: the first query, the first key, the number of keys
+TEXTS = 3  # runs of extra tokens: before the grid, behind it, and keys alone
 KV_STEP = 16  # keys that one matrix instruction of P V takes
 KV_OVERHEAD = (
     12  # keys that would take as long as what a key tile costs besides its keys; assumed, no GPU yet

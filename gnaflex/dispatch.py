@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -13,7 +14,7 @@ from torch.nn.attention.flex_attention import AuxOutput, AuxRequest, BlockMask
 
 from gnaflex import compiled, gather, reference
 from gnaflex.cuts import Cuts
-from gnaflex.flex import FULL_WIDTH_BYTES
+from gnaflex.flex import FULL_WIDTH_BYTES, listed_blocks
 from gnaflex.mask import MaskRecord, ScoreMod, conditions_of
 from gnaflex.order import order_of
 from gnaflex.spec import GNA, GNAError
@@ -21,6 +22,9 @@ from gnaflex.tables import MaskMod
 
 BACKENDS = ("cuda", "flex", "sdpa", "reference")
 AUTO = ("cuda", "flex", "sdpa")  # what "auto" tries, in this order
+FLEX_RATE = (
+    0.6  # of FlexAttention's generated kernels, by that of a CUTLASS kernel on Hopper; assumed, no GPU yet
+)
 
 
 class Call(NamedTuple):
@@ -57,12 +61,17 @@ def reasons_against(call: Call, backends: tuple[str, ...]) -> dict[str, list[str
     return {name: list(_REASONS[name](call)) for name in backends}
 
 
+def runs(call: Call, backend: str) -> bool:
+    """Whether a backend can run a call, and "auto" would take it."""
+    return next(_REASONS[backend](call), None) is None
+
+
 def choose(call: Call, backend: str) -> str:
     """The backend that runs a call; one asked for by name never falls back."""
     known(backend)
     if backend == "auto":
         for name in AUTO:
-            if next(_REASONS[name](call), None) is None:
+            if runs(call, name):
                 return name
         raise NotImplementedError("no backend runs this call.\n" + _listed(reasons_against(call, AUTO)))
     why = _obstacles(call, backend)
@@ -90,7 +99,45 @@ def _listed(reasons: dict[str, list[str]]) -> str:
 def _cuda_reasons(call: Call) -> Iterator[str]:
     from gnaflex.cuda_backend import unsupported_reasons
 
-    yield from unsupported_reasons(call.query)
+    yield from unsupported_reasons(call)
+    if has_kernels(call.query.device) and (why := cheaper_masked(call.record, call.record)):
+        yield why
+
+
+def has_kernels(device: torch.device) -> bool:
+    """Whether there are kernels for a device."""
+    from gnaflex.cuda_backend import machine
+
+    return not machine.obstacle(device)
+
+
+def cheaper_masked(record: MaskRecord | None, masked: MaskRecord | None) -> str:
+    """Why FlexAttention with the mask ``masked`` is likely faster than a kernel on the boxes of ``record``,
+    which may be thin; or ""."""
+    from gnaflex.cuda_backend import problem_of
+
+    problem = problem_of(record)
+    if masked is None or isinstance(problem, str):
+        return ""
+    known = masked.__dict__  # where functools.cached_property would keep it
+    if "cheaper_masked" not in known:
+        known["cheaper_masked"] = _comparison(masked, problem.boxes)
+    why: str = known["cheaper_masked"]
+    return why
+
+
+def _comparison(record: MaskRecord, boxes: Any) -> str:
+    """By exact counts of the pairs that each computes; the kernel's rate by FLEX_RATE."""
+    if boxes is None or record.block_size is None:
+        return ""
+    ours = boxes.touched_tiles * boxes.q_rows * math.prod(boxes.kv_tile)
+    theirs = listed_blocks(record) * math.prod(record.block_size)
+    if ours * FLEX_RATE <= theirs:
+        return ""
+    return (
+        f"{_AUTO_ONLY}boxes of {boxes.q_tile} queries fill {math.prod(boxes.q_tile)} of its {boxes.q_rows} rows, "
+        f"so that it computes {ours:.2g} pairs per head, FlexAttention with masks {theirs:.2g}"
+    )
 
 
 def _flex_reasons(call: Call) -> Iterator[str]:
@@ -265,7 +312,11 @@ def _run_reference(call: Call) -> Any:
 
 
 def _run_cuda(call: Call) -> Any:
-    raise NotImplementedError("no call is dispatched to the CUTLASS kernel yet")
+    from gnaflex.cuda_backend import run
+
+    cuts = None if call.record is None else call.record.cuts
+    out, lse = run(call, None if cuts is None else cuts.text_valid)
+    return out if call.aux is None else (out, AuxOutput(lse=lse))
 
 
 RUN: dict[str, Callable[[Call], Any]] = {

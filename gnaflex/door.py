@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -14,7 +14,19 @@ from torch.nn.attention.flex_attention import flex_attention as _torch_flex_atte
 from gnaflex import flex
 from gnaflex.advice import cheapest_layout, notes
 from gnaflex.checks import autocast, check_call, check_heads, check_score_mod, extra_pair
-from gnaflex.dispatch import AUTO, BACKENDS, RUN, Call, Explanation, choose, known, reasons_against
+from gnaflex.dispatch import (
+    AUTO,
+    BACKENDS,
+    RUN,
+    Call,
+    Explanation,
+    cheaper_masked,
+    choose,
+    has_kernels,
+    known,
+    reasons_against,
+    runs,
+)
 from gnaflex.layout import Layout
 from gnaflex.mask import MaskRecord, ScoreMod, choose_form
 from gnaflex.order import Document, Order
@@ -145,27 +157,45 @@ def attention(
         problem = _problem(count, shape[1:-2], window, stride, dilation, is_causal)
     except TypeError:  # lists and arrays do not hash
         problem = _Problem(count, GNA(shape[1:-2], window, stride, dilation, is_causal))
-    order = (
-        problem.row_major if score_mod is not None or backend in ("sdpa", "reference") else problem.cheapest
-    )
     if score_mod is not None:
         check_score_mod(score_mod, (problem.row_major.order,), query.shape[-2])
     aux = AuxRequest(lse=True) if return_lse else None
-    inputs = (query, key, value)
-    q, k, v = order.heads_first(*inputs, *extra)
     gqa = query.shape[-2] != key.shape[-2]
-    call = Call(q, k, v, score_mod, None, order.record, scale, gqa, None, aux)
-    name = choose(call, backend)
-    if name in ("cuda", "flex"):
-        call = call._replace(block_mask=order.mask(q.device))
-    elif order is problem.cheapest is not problem.row_major:
-        order = problem.row_major
-        q, k, v = order.heads_first(*inputs, *extra)
-        call = call._replace(query=q, key=k, value=v, record=order.record)
+
+    def call_in(order: _Route) -> Call:
+        q, k, v = order.heads_first(query, key, value, *extra)
+        return Call(q, k, v, score_mod, None, order.record, scale, gqa, None, aux)
+
+    order, name, call = _order_and_backend(problem, backend, score_mod, query.device, call_in)
+    if name == "flex":
+        call = call._replace(block_mask=order.mask(query.device))
     out = RUN[name](call)
     if aux is None:
         return order.heads_last(out, shape)
     return order.heads_last(out[0], shape), order.heads_last(out[1].lse[..., None], shape)[..., 0]
+
+
+def _order_and_backend(
+    problem: _Problem,
+    backend: str,
+    score_mod: ScoreMod | None,
+    device: torch.device,
+    call_in: Callable[[_Route], Call],
+) -> tuple[_Route, str, Call]:
+    """The token order of a call on heads-last grids, the backend that runs it there, and the call."""
+    row_major, cheapest = problem.row_major, problem.cheapest
+    if backend == "auto" and cheapest is not row_major and has_kernels(device):
+        call = call_in(row_major)  # a kernel reads tokens as they lie
+        if runs(call, "cuda") and not cheaper_masked(row_major.record, cheapest.record):
+            return row_major, "cuda", call
+    takes_tiles = score_mod is None and backend in ("auto", "flex")
+    order = cheapest if takes_tiles else row_major
+    call = call_in(order)
+    name = choose(call, backend)
+    if name != "flex" and order is not row_major:
+        order = row_major
+        call = call_in(order)
+    return order, name, call
 
 
 # ---- what a call needs -------------------------------------------------------------------------------

@@ -7,20 +7,22 @@ from __future__ import annotations
 
 import re
 import subprocess
+from collections import Counter
 from pathlib import Path
 
 import pytest
-from gnaflex.cuda_backend.compile import compiled
+from gnaflex.cuda_backend.compile import compiled, machine_code
 from gnaflex.cuda_backend.config import SHARED_MEMORY, KernelConfig, obstacles
 
 from gnaflex.spec import GNAError
 
 VIDEO = ((2, 8, 8), (2, 8, 8))
 VARIANTS = [
-    KernelConfig("sm_90a", dtype, head_dim, q_box, kv_box)
+    KernelConfig("sm_90a", dtype, head_dim, q_box, kv_box, text)
     for dtype in ("bfloat16", "float16")
     for head_dim in (64, 128)
     for q_box, kv_box in (VIDEO, ((8, 16), (8, 16)), ((128,), (128,)))
+    for text in (False, True)
 ] + [
     KernelConfig("sm_90a", "bfloat16", 128, (1, 5, 24), (3, 4, 8)),
     KernelConfig("sm_90a", "bfloat16", 128, (3, 5, 8), (3, 2, 8)),
@@ -45,17 +47,15 @@ def test_machine_code(config, tmp_path):
     pytest.importorskip("cutlass", reason="kernels need CuTe DSL: pip install 'gnaflex[cuda]'")
     disassembler, facts = tool("nvdisasm"), tool("cuobjdump")
     code = tmp_path / "kernel.cubin"
-    code.write_bytes(compiled(config).__cubin__)
+    code.write_bytes(machine_code(config))
     sass = output(disassembler, "-c", code)
     used = output(facts, "-res-usage", code)
 
-    # keys come by boxes of the grid's rank, one per 64 channels: Q, K and V once each in the code
+    # tokens come by boxes of the grid's rank, one per 64 channels: Q, K and V once each in the code; text
+    # comes by lines of the sequence
     halves = config.head_dim // 64
-    assert (
-        len(re.findall(rf"UTMALDG\.{config.rank + 2}D", sass))
-        == len(re.findall("UTMALDG", sass))
-        == 3 * halves
-    )
+    loads = Counter(re.findall(r"UTMALDG\.(\d)D", sass))
+    assert loads == Counter({str(config.rank + 2): 3 * halves}) + Counter({"3": 3 * halves * config.text})
     # Q K^T for the first tile and in the loop, P V in the loop and behind it
     assert len(re.findall("HGMMA", sass)) == 2 * config.head_dim // 16 + 2 * config.kv_rows // 16
     # one wait each: else ptxas has serialised the matrix instructions
@@ -73,10 +73,11 @@ def registers(sass):
     }
 
 
-def test_registers_and_overlap(tmp_path):
+@pytest.mark.parametrize("text", [False, True])
+def test_registers_and_overlap(text, tmp_path):
     pytest.importorskip("cutlass", reason="kernels need CuTe DSL: pip install 'gnaflex[cuda]'")
     code = tmp_path / "kernel.cubin"
-    code.write_bytes(compiled(KernelConfig("sm_90a", "bfloat16", 128, *VIDEO)).__cubin__)
+    code.write_bytes(machine_code(KernelConfig("sm_90a", "bfloat16", 128, *VIDEO, text)))
     sass = output(tool("nvdisasm"), "-c", code)
     used = registers(sass)
     assert used["DEALLOC"] < 24

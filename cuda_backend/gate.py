@@ -1,0 +1,72 @@
+"""From a problem to a kernel that may be launched: compiled or read from the cache, proved, loaded."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import json
+import logging
+import sys
+import threading
+from collections.abc import Iterator
+
+import torch
+from gnaflex.cuda_backend import cache, machine, proof
+from gnaflex.cuda_backend.abi import Launcher
+from gnaflex.cuda_backend.compile import from_object, to_object
+from gnaflex.cuda_backend.config import KernelConfig
+from gnaflex.cuda_backend.fast_path import Problem
+from torch import Tensor
+
+log = logging.getLogger("gnaflex")
+_launchers: dict[tuple[KernelConfig, torch.device], Launcher] = {}
+_lock = threading.RLock()
+
+
+def reasons(problem: Problem, query: Tensor) -> Iterator[str]:
+    """Why the kernel for a problem may not run yet; it is compiled, proved and loaded by asking."""
+    config = problem.config(machine.architecture(query.device), query.dtype, query.shape[-1])
+    if (config, query.device) not in _launchers and (why := _opened(config, query.device)):
+        yield why
+
+
+def launcher(problem: Problem, query: Tensor) -> Launcher:
+    """The kernel for a problem, after :func:`reasons` found none against it."""
+    config = problem.config(machine.architecture(query.device), query.dtype, query.shape[-1])
+    return _launchers[config, query.device]
+
+
+def _opened(config: KernelConfig, device: torch.device) -> str:
+    """Compile, prove, load; or the reason why not."""
+    with _lock:
+        if (config, device) in _launchers:
+            return ""
+        subject = subject_of(config, device)
+        found = proof.recorded(subject)
+        if found is None or found.passes:
+            if why := proof.now_is_no_time():
+                return f"its kernel is not ready, and cannot be made ready now: {why}"
+            code: bytes = cache.get(config, _compiled)
+            found = proof.verdict(subject, command(config, device))
+        if not found.passes:
+            return f"its kernel has not proved itself on this machine: {found.reason}"
+        _launchers[config, device] = from_object(code, config.rank)
+        return ""
+
+
+def _compiled(config: KernelConfig) -> bytes:
+    log.info("gnaflex compiles the kernel %s, once on this machine", config.name)
+    code: bytes = to_object(config)
+    return code
+
+
+def subject_of(config: KernelConfig, device: torch.device) -> proof.Subject:
+    """What a proof is about."""
+    version = importlib.metadata.version("gnaflex")
+    return proof.Subject(machine.name(device), machine.driver(), version, cache.key(config))
+
+
+def command(config: KernelConfig, device: torch.device) -> list[str]:
+    """The child process that proves a kernel."""
+    fields = json.dumps(dataclasses.asdict(config))
+    return [sys.executable, "-m", "gnaflex.trial", fields, str(device.index or 0)]

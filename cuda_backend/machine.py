@@ -1,0 +1,57 @@
+"""What the GPU and the packages at hand are; everything here that tests replace to do without a GPU."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+
+import torch
+
+ARCHITECTURE = {(9, 0): "sm_90a"}  # by compute capability
+
+
+@functools.lru_cache(maxsize=32)
+def obstacle(device: torch.device) -> str:
+    """Why no kernel runs on a device, or ""."""
+    if device.type != "cuda" or torch.version.cuda is None:
+        return f"it needs an NVIDIA GPU of the Hopper family, the query is on {device}"
+    found = torch.cuda.get_device_capability(device)
+    if found not in ARCHITECTURE:
+        return f"it needs a GPU of compute capability 9.0 (Hopper): {device} has {found[0]}.{found[1]}"
+    if importlib.util.find_spec("cutlass") is None:
+        return "CuTe DSL is not installed: pip install 'gnaflex[cuda]'"
+    return ""
+
+
+@functools.lru_cache(maxsize=32)
+def architecture(device: torch.device) -> str:
+    """What kernels for a device are compiled for."""
+    return ARCHITECTURE[torch.cuda.get_device_capability(device)]
+
+
+@functools.lru_cache(maxsize=32)
+def multiprocessors(device: torch.device) -> int:
+    """How many blocks run at once: one on each."""
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def stream(device: torch.device) -> int:
+    """The handle of the current stream."""
+    return torch.cuda.current_stream(device).cuda_stream
+
+
+@functools.lru_cache(maxsize=32)
+def name(device: torch.device) -> str:
+    """The device as a proof records it."""
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"{torch.cuda.get_device_name(device)} (sm_{major}{minor})"
+
+
+@functools.lru_cache(maxsize=1)
+def driver() -> str:
+    """The version of NVIDIA's driver, by the CUDA version that it serves where it does not tell."""
+    try:
+        with open("/proc/driver/nvidia/version", encoding="ascii", errors="replace") as file:
+            return file.readline().split("  ")[1].strip()
+    except (OSError, IndexError):
+        return f"CUDA {torch.version.cuda}"

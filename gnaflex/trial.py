@@ -1,0 +1,169 @@
+"""The proof of a compiled kernel: a small fixed set of problems, against plain attention in float64.
+
+``python -m gnaflex.trial CONFIG DEVICE`` is the child process that decides whether a kernel is trusted on this
+machine: its last line is a JSON object with ``outcome`` and ``reason``. Tensors are poisoned, sizes uneven,
+strides unusual.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from gnaflex.mask import mask_mod
+from gnaflex.planner import Plan
+from gnaflex.spec import GNA
+
+BUDGET = 2.0  # the error of a kernel, by that of plain attention which rounds at the same places
+# Of a log-sum-exp in float32: sums of a thousand terms, each with 2 units of exp2.approx's last place, and
+# lg2.approx (CUDA programming guide, table of intrinsic functions).
+LSE_ERROR = 1e-4
+
+
+class Case(NamedTuple):
+    """A problem for the boxes of a kernel, and tensors to try it on."""
+
+    name: str
+    spec: GNA
+    texts: tuple[int, int, int] = (0, 0, 0)
+    batch: int = 1
+    heads: int = 2
+    kv_heads: int = 2
+    heads_last: bool = False
+    valid: tuple[tuple[int, ...], ...] | None = None
+    scale: float | None = None
+
+
+def cases(config: Any) -> Iterator[Case]:
+    """Problems whose stride groups are the query box, so that its boxes need no mask; uneven on every axis."""
+    q, kv = config.q_box, config.kv_box
+    text = (37, 130, 5) if config.text else (0, 0, 0)
+    runs = sum(map(bool, text))
+    window = tuple(max(a, b + 1) for a, b in zip(q, kv, strict=True))
+    shape = tuple(w + a + 1 for w, a in zip(window, q, strict=True))
+    yield Case("clipped tiles", GNA(shape, window, q), text, heads=4)
+    whole = tuple(-(-a // b) * b for a, b in zip(q, kv, strict=True))
+    shape = tuple(w + a for w, a in zip(whole, q, strict=True))
+    yield Case("whole tiles, heads last", GNA(shape, whole, q), text, 2, 4, 2, heads_last=True)
+    uneven = (2 * shape[0] + 1, *shape[1:])
+    dilation = (2, *(1 for _ in shape[1:]))
+    yield Case("dilation", GNA(uneven, whole, q, dilation), text, scale=-0.2)
+    if runs:
+        yield Case("valid text", GNA(shape, whole, q), text, 2, valid=((5, 129, 0), (0, 64, 5)))
+        yield Case("keys alone", GNA(shape, whole, q), (0, 0, 300), 1)
+
+
+def inputs(case: Case, config: Any, device: torch.device) -> list[Tensor]:
+    """Queries, keys and values of a case, [batch, heads, tokens, head_dim], no two runs alike by chance."""
+    generator = torch.Generator(device="cpu").manual_seed(len(case.name))
+    tokens = case.spec.num_tokens + sum(case.texts[:2])
+    sizes = ((case.heads, tokens), *[(case.kv_heads, tokens + case.texts[2])] * 2)
+    out = []
+    for heads, rows in sizes:
+        shape = (case.batch, rows, heads) if case.heads_last else (case.batch, heads, rows)
+        x = torch.randn(*shape, config.head_dim, generator=generator)
+        x = x.to(device, getattr(torch, config.dtype))
+        out.append(x.transpose(1, 2) if case.heads_last else x)
+    return out
+
+
+def allowed(case: Case, device: torch.device) -> Tensor:
+    """Which pairs a case allows, [batch, 1, queries, keys], by the mask_mod of its problem."""
+    prefix, suffix, extra = case.texts
+    n = case.spec.num_tokens
+    at = torch.arange(n, device=device)
+    grid = mask_mod(case.spec, device=device)(at[0], at[0], at[:, None], at[None])
+    queries = prefix + n + suffix
+    pairs = torch.ones(case.batch, 1, queries, queries + extra, dtype=torch.bool, device=device)
+    pairs[:, :, prefix : prefix + n, prefix : prefix + n] = grid
+    starts = (0, prefix + n, prefix + n + suffix)
+    for b, lengths in enumerate(case.valid or ()):
+        for start, count, length in zip(starts, case.texts, lengths, strict=True):
+            pairs[b, ..., start + length : start + count] = False
+    return pairs
+
+
+def exactly(q: Tensor, k: Tensor, v: Tensor, pairs: Tensor, scale: float | None) -> tuple[Tensor, Tensor]:
+    """Attention and log-sum-exp in float64."""
+    share = q.shape[1] // k.shape[1]
+    q, k, v = q.double(), *(x.double().repeat_interleave(share, 1) for x in (k, v))
+    scores = q @ k.transpose(-1, -2) * (q.shape[-1] ** -0.5 if scale is None else scale)
+    scores = scores.masked_fill(~pairs, -math.inf)
+    return scores.softmax(-1) @ v, scores.logsumexp(-1)
+
+
+def rounded(q: Tensor, k: Tensor, v: Tensor, pairs: Tensor, scale: float | None) -> Tensor:
+    """Attention as every fused kernel of a dtype rounds it: scores and sums in float32, weights and output in
+    the dtype."""
+    share = q.shape[1] // k.shape[1]
+    k, v = (x.repeat_interleave(share, 1).float() for x in (k, v))
+    scores = q.float() @ k.transpose(-1, -2) * (q.shape[-1] ** -0.5 if scale is None else scale)
+    scores = scores.masked_fill(~pairs, -math.inf)
+    weights = (scores - scores.amax(-1, keepdim=True)).exp()
+    return (weights.to(q.dtype).float() @ v / weights.sum(-1, keepdim=True)).to(q.dtype)
+
+
+def disagreement(case: Case, config: Any, device: torch.device, launcher: Any) -> str:
+    """What is wrong with a kernel's results for a case, or ""."""
+    from gnaflex.cuda_backend.fast_path import Problem, launched, of_plan
+
+    problem = Problem(case.spec, *case.texts)
+    plan = Plan(case.spec, config.q_box, config.kv_box, "dynamic", math.prod(config.q_box))
+    launches, valid = of_plan(problem, plan, device)
+    if case.valid is not None:
+        valid = torch.tensor(case.valid, dtype=torch.int32, device=device)
+    q, k, v = inputs(case, config, device)
+    poison = [torch.full_like(q, math.nan) for _ in range(2)]
+    del poison  # what is allocated next likely lies there
+    out, lse = launched(q, k, v, launches, valid, launcher, case.scale)
+    pairs = allowed(case, device)
+    exact, exact_lse = exactly(q, k, v, pairs, case.scale)
+    plain = rounded(q, k, v, pairs, case.scale)
+    error, budget = ((x.double() - exact).abs().max().item() for x in (out, plain))
+    budget *= BUDGET
+    lse_error = (lse.double() - exact_lse).abs().max().item()
+    if not error <= budget:
+        return f"{case.name}: error {error:.3g} exceeds {budget:.3g}, twice that of plain {config.dtype}"
+    if not lse_error <= LSE_ERROR:
+        return f"{case.name}: the log-sum-exp is off by {lse_error:.3g}, more than {LSE_ERROR:g}"
+    return ""
+
+
+def trial(config: Any, device: torch.device, launcher: Any) -> tuple[str, str]:
+    """Outcome and reason of all cases."""
+    for case in cases(config):
+        try:
+            why = disagreement(case, config, device, launcher)
+        except torch.OutOfMemoryError as error:
+            return "inconclusive", str(error).splitlines()[0]
+        if why:
+            return "failed", why
+    return "proved", ""
+
+
+def main(arguments: list[str]) -> None:
+    """The child process."""
+    from gnaflex.cuda_backend.cache import get
+    from gnaflex.cuda_backend.compile import from_object, to_object
+    from gnaflex.cuda_backend.config import KernelConfig
+
+    fields = json.loads(arguments[0])
+    for box in ("q_box", "kv_box"):
+        fields[box] = tuple(fields[box])
+    config = KernelConfig(**fields)
+    device = torch.device("cuda", int(arguments[1]))
+    torch.cuda.set_device(device)
+    launcher = from_object(get(config, to_object), config.rank)
+    outcome, reason = trial(config, device, launcher)
+    torch.cuda.synchronize(device)
+    print(json.dumps({"outcome": outcome, "reason": reason}))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
