@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from gnaflex.cuda_backend import gate, machine
 from gnaflex.cuda_backend.config import HEAD_DIMS
-from gnaflex.cuda_backend.fast_path import DTYPE_NAMES, Problem, attend, layout_obstacle
-from gnaflex.cuda_backend.tile_walk import Q_ROWS
+from gnaflex.cuda_backend.fast_path import DTYPE_NAMES, Lane, Problem, layout_obstacle, prepared
 from torch import Tensor
+from torch.nn import Parameter
 
+from gnaflex.planner import Plan
 from gnaflex.spec import GNA
 
 if TYPE_CHECKING:
@@ -23,37 +24,54 @@ if TYPE_CHECKING:
 
 def unsupported_reasons(call: Call) -> Iterator[str]:
     """Every reason why no CUTLASS kernel runs a call; none if one does. What is cheap to tell comes first."""
-    if reason := machine.obstacle(call.query.device):
-        yield reason
+    query, value = call.query, call.value
+    known = False
+    for reason in known_reasons(call.record, query.device, query.dtype, (query.shape[-1], value.shape[-1])):
+        known = True
+        yield reason  # at once: a call on a CPU pays for the first one only
     yield from _of_tensors(call)
     yield from _of_arguments(call)
     problem = problem_of(call.record)
+    if not known and not isinstance(problem, str):
+        yield from gate.reasons(problem, call.query)
+
+
+def known_reasons(
+    record: Any, device: torch.device, dtype: torch.dtype, head_dims: tuple[int, ...]
+) -> Iterator[str]:
+    """The reasons that need no tensors: those of the machine, the kind of tensors and the problem."""
+    if reason := machine.obstacle(device):
+        yield reason
+    if dtype not in DTYPE_NAMES:
+        yield f"it computes in bfloat16 and float16: the query is {str(dtype).removeprefix('torch.')}"
+    if len(set(head_dims)) > 1:
+        yield f"query and value must share head_dim: got {head_dims[0]} and {head_dims[1]}"
+    if not set(head_dims) <= set(HEAD_DIMS):
+        yield f"head_dim must be {' or '.join(map(str, HEAD_DIMS))}: got {head_dims[0]}"
+    problem = problem_of(record)
     if isinstance(problem, str):
         yield problem
     elif problem.boxes is None:
         yield not_block_sparse(problem.spec)
-    elif not machine.obstacle(call.query.device) and not any(_of_tensors(call)):
-        yield from gate.reasons(problem, call.query)
 
 
-def run(call: Call, valid: Tensor | None) -> tuple[Tensor, Tensor]:
-    """A call that nothing speaks against: output and natural log-sum-exp; ``valid`` as in :func:`attend`."""
+def lane(call: Call) -> Lane:
+    """How to run a call that nothing speaks against, and all that are like it."""
     problem = problem_of(call.record)
+    assert call.record is not None
     assert not isinstance(problem, str)
+    launches, everything = prepared(problem, call.query.device)
+    cuts = call.record.cuts
+    valid = everything if cuts is None or cuts.text_valid is None else cuts.text_valid
     kernel = gate.launcher(problem, call.query)
-    out, lse = attend(call.query, call.key, call.value, problem, kernel, scale=call.scale, valid=valid)
-    return out, lse
+    return Lane(call.query, call.key, call.value, launches, kernel, call.scale, valid)
 
 
 def _of_tensors(call: Call) -> Iterator[str]:
     query, value = call.query, call.value
-    if query.dtype not in DTYPE_NAMES:
-        yield f"it computes in bfloat16 and float16: the query is {str(query.dtype).removeprefix('torch.')}"
-    head_dims = {query.shape[-1], value.shape[-1]}
-    if len(head_dims) > 1:
-        yield f"query and value must share head_dim: got {query.shape[-1]} and {value.shape[-1]}"
-    if not head_dims <= set(HEAD_DIMS):
-        yield f"head_dim must be {' or '.join(map(str, HEAD_DIMS))}: got {query.shape[-1]}"
+    if not all(type(x) in (Tensor, Parameter) for x in (query, call.key, value)):
+        yield f"it reads plain tensors: the query is a {type(query).__name__}"
+        return  # it may have no memory
     for what, x in (("query", query), ("key", call.key), ("value", value)):
         if reason := layout_obstacle(what, x):
             yield reason
@@ -62,6 +80,8 @@ def _of_tensors(call: Call) -> Iterator[str]:
 def _of_arguments(call: Call) -> Iterator[str]:
     if call.score_mod is not None:
         yield "it knows no score_mod"
+    if call.kernel_options:
+        yield "kernel_options are FlexAttention's"
     if call.aux is not None and call.aux.max_scores:
         yield "it does not return max_scores"
     if torch.is_grad_enabled() and call.needs_grad:
@@ -113,12 +133,14 @@ def nearest(spec: GNA) -> GNA | None:
     def distance(strides: tuple[int, ...]) -> float:
         return sum(abs(math.log2(a / b)) for a, b in zip(strides, spec.stride, strict=True))
 
+    found: list[Plan] = []
+    least = math.inf
     for strides in sorted(itertools.product(*choices), key=distance):
-        other = GNA(spec.shape, spec.window, strides, spec.dilation, spec.is_causal)
-        if math.prod(strides) >= Q_ROWS // 2 or any(
-            axis.window == axis.group_length(0) for axis in other.axes
-        ):
-            boxes = Problem(other).boxes
-            if boxes is not None and boxes.work_speedup >= boxes.flop_speedup / 2:
-                return other
-    return None
+        if found and distance(strides) > least:
+            break
+        boxes = Problem(GNA(spec.shape, spec.window, strides, spec.dilation, spec.is_causal)).boxes
+        if boxes is not None and boxes.work_speedup >= boxes.flop_speedup / 2:
+            found.append(boxes)
+            least = distance(strides) + 1e-9
+    best = max(found, key=lambda one: (round(one.work_speedup, 6), -max(one.spec.stride)), default=None)
+    return None if best is None else best.spec

@@ -107,66 +107,78 @@ def layout_obstacle(what: str, x: Tensor) -> str:
     return ""
 
 
-def attend(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    problem: Problem,
-    launcher: Launcher,
-    *,
-    scale: float | None = None,
-    valid: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Output, with the strides' order of the query, and natural log-sum-exp [batch, heads, tokens] float32.
+class Lane:
+    """A call with everything but addresses worked out, for all tensors of the same shapes and strides.
 
     Args:
         query, key, value: [batch, heads, tokens, head_dim], tokens ``[prefix | grid | suffix | extra_kv]``;
             fewer heads of keys for GQA; readable by TMA (:func:`layout_obstacle`).
-        launcher: the kernel of ``problem.config``.
+        launches: those of the problem, for the boxes of the kernel.
+        launcher: the kernel.
         scale: of the scores; any number, None is ``head_dim ** -0.5``.
-        valid: integers [batch or 1, runs of extra tokens]: how many tokens of a run are keys; None is all.
+        valid: integers [batch or 1, runs of extra tokens], contiguous: how many tokens of a run are keys.
     """
-    launches, everything = prepared(problem, query.device)
-    return launched(query, key, value, launches, everything if valid is None else valid, launcher, scale)
 
+    def __init__(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        launches: tuple[Prepared, ...],
+        launcher: Launcher,
+        scale: float | None,
+        valid: Tensor,
+    ) -> None:
+        batch, heads, queries, head_dim = query.shape
+        scale = head_dim**-0.5 if scale is None else float(scale)
+        # the kernel subtracts the largest score times a positive scale
+        self._sign = (scale > 0) - (scale < 0)
+        self._device, self._launcher, self._launches, self._valid = query.device, launcher, launches, valid
+        # dense, its dimensions in memory in the order of the query's
+        self._swapped = query.stride(1) < query.stride(2)
+        self._shape = (batch, queries, heads, head_dim) if self._swapped else tuple(query.shape)
+        self._lse_shape = batch, heads, queries
+        out = self._empty(query)
+        if scale <= 0:
+            query = self._with_sign(query)
+        strides = [step for x in (query, key, value, out) for step in _strides(x)]
+        sizes = batch, heads, key.shape[1], queries, key.shape[2]
+        valid_step = 0 if valid.shape[0] == 1 else valid.shape[1]
+        scale_log2 = (abs(scale) or 1.0) * LOG2_E
+        blocks = machine.multiprocessors(query.device)
+        each = batch * heads
+        self._tails = [
+            (
+                *(*strides, *sizes, one.work.shape[0], valid_step, *one.numbers),
+                *(min(blocks, one.items * each), scale_log2),
+            )
+            for one in (launches if each else ())
+        ]
 
-def launched(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    launches: tuple[Prepared, ...],
-    valid: Tensor,
-    launcher: Launcher,
-    scale: float | None,
-) -> tuple[Tensor, Tensor]:
-    """The same with the launches given."""
-    batch, heads, queries, head_dim = query.shape
-    scale = head_dim**-0.5 if scale is None else scale
-    if scale <= 0:  # the kernel subtracts the largest score times a positive scale
-        query, scale = (-query, -scale) if scale < 0 else (torch.zeros_like(query), 1.0)
-    device = query.device
-    out = _like(query)
-    lse = query.new_empty((batch, heads, queries), dtype=torch.float32)
-    if valid.dtype != torch.int32 or not valid.is_contiguous():
-        valid = valid.to(torch.int32).contiguous()
-    blocks, stream = machine.multiprocessors(device), machine.stream(device)
-    tensors = (query, key, value, out)
-    strides = [stride for x in tensors for stride in _strides(x)]
-    each = batch * heads
-    for one in launches if each else ():
-        error = launcher(
-            *(x.data_ptr() for x in (*tensors, lse, one.work, valid)),
-            stream,
-            *strides,
-            *(batch, heads, key.shape[1], queries, key.shape[2], one.work.shape[0]),
-            0 if valid.shape[0] == 1 else valid.shape[1],
-            *one.numbers,
-            min(blocks, one.items * each),
-            scale * LOG2_E,
-        )
-        if error:
-            raise RuntimeError(f"the CUTLASS kernel did not launch: CUDA error {error} on {device}")
-    return out, lse
+    def __call__(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Output [batch, heads, tokens, head_dim], its dimensions in memory as the query's, and natural
+        log-sum-exp [batch, heads, tokens] float32; the tensors may be other views of the same memory."""
+        out = self._empty(query)
+        lse = query.new_empty(self._lse_shape, dtype=torch.float32)
+        if self._sign <= 0:
+            query = self._with_sign(query)
+        valid = self._valid.to(torch.int32)  # what it says may have changed since the last call
+        first = (query.data_ptr(), key.data_ptr(), value.data_ptr(), out.data_ptr(), lse.data_ptr())
+        with machine.on(self._device):
+            last = valid.data_ptr(), machine.stream(self._device)
+            for one, tail in zip(self._launches, self._tails, strict=False):
+                if error := self._launcher(*first, one.work.data_ptr(), *last, *tail):
+                    raise RuntimeError(
+                        f"a CUTLASS kernel did not launch: CUDA error {error} on {self._device}"
+                    )
+        return out, lse
+
+    def _empty(self, query: Tensor) -> Tensor:
+        out = query.new_empty(self._shape)
+        return out.transpose(1, 2) if self._swapped else out
+
+    def _with_sign(self, query: Tensor) -> Tensor:
+        return -query if self._sign < 0 else torch.zeros_like(query)
 
 
 def _strides(x: Tensor) -> tuple[int, int, int]:
@@ -174,10 +186,3 @@ def _strides(x: Tensor) -> tuple[int, int, int]:
     batch, heads, tokens, head_dim = x.shape
     a, b, c, _ = x.stride()
     return a if batch > 1 else head_dim, b if heads > 1 else head_dim, c if tokens > 1 else head_dim
-
-
-def _like(query: Tensor) -> Tensor:
-    """Empty, dense, its dimensions in memory in the order of the query's."""
-    if query.stride(1) < query.stride(2):
-        return query.new_empty(query.transpose(1, 2).shape).transpose(1, 2)
-    return query.new_empty(query.shape)

@@ -27,6 +27,7 @@ from typing import IO, Literal, NamedTuple
 
 import torch
 from gnaflex.cuda_backend.cache import folder
+from torch._guards import TracingContext
 from torch.utils.data import get_worker_info
 
 from gnaflex.spec import GNAError
@@ -150,7 +151,8 @@ def forget(subject: Subject | None = None) -> None:
 
 def now_is_no_time() -> str:
     """Why no check can run right now, or an empty string."""
-    if torch.compiler.is_compiling():
+    # torch 2.9's is_compiling() is False in what dynamo calls while it traces, like fake kernels
+    if torch.compiler.is_compiling() or TracingContext.try_get() is not None:
         return "torch.compile is tracing"
     if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():  # type: ignore[no-untyped-call]
         return "a CUDA graph is being captured"

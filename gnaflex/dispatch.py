@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import AuxOutput, AuxRequest, BlockMask
 
-from gnaflex import compiled, gather, reference
+from gnaflex import compiled, gather, lanes, reference
 from gnaflex.cuts import Cuts
 from gnaflex.flex import FULL_WIDTH_BYTES, listed_blocks
 from gnaflex.mask import MaskRecord, ScoreMod, conditions_of
@@ -135,7 +135,7 @@ def _comparison(record: MaskRecord, boxes: Any) -> str:
     if ours * FLEX_RATE <= theirs:
         return ""
     return (
-        f"{_AUTO_ONLY}boxes of {boxes.q_tile} queries fill {math.prod(boxes.q_tile)} of its {boxes.q_rows} rows, "
+        f"{_AUTO_ONLY}boxes of {boxes.q_tile} queries fill {math.prod(boxes.q_tile)} of {boxes.q_rows} rows, "
         f"so that it computes {ours:.2g} pairs per head, FlexAttention with masks {theirs:.2g}"
     )
 
@@ -311,11 +311,28 @@ def _run_reference(call: Call) -> Any:
     return out, AuxOutput(lse=lse)
 
 
-def _run_cuda(call: Call) -> Any:
-    from gnaflex.cuda_backend import run
+def kernel_advice(record: MaskRecord) -> Iterator[str]:
+    """The nearest problem that a kernel would run, where this one would need masks."""
+    from gnaflex.cuda_backend import nearest, problem_of
 
-    cuts = None if call.record is None else call.record.cuts
-    out, lse = run(call, None if cuts is None else cuts.text_valid)
+    problem = problem_of(record)
+    if not isinstance(problem, str) and problem.boxes is None and (near := nearest(problem.spec)):
+        yield f"kernels: the nearest perfectly block-sparse problem with this window is {near!r}"
+
+
+def kernel_lane(call: Call) -> lanes.Ready:
+    """How the "cuda" backend runs a call that nothing speaks against, and all that are like it."""
+    from gnaflex.cuda_backend import lane
+
+    found: lanes.Ready = lane(call)
+    return found
+
+
+def _run_cuda(call: Call) -> Any:
+    lane = kernel_lane(call)
+    if call.block_mask is not None:
+        lanes.keep(call.block_mask, lanes.signature(*call[:3], call.scale, call.enable_gqa), lane)
+    out, lse = lane(*call[:3])
     return out if call.aux is None else (out, AuxOutput(lse=lse))
 
 

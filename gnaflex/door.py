@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import AuxOutput, AuxRequest, BlockMask
 from torch.nn.attention.flex_attention import flex_attention as _torch_flex_attention
 
-from gnaflex import flex
+from gnaflex import flex, lanes
 from gnaflex.advice import cheapest_layout, notes
 from gnaflex.checks import autocast, check_call, check_heads, check_score_mod, extra_pair
 from gnaflex.dispatch import (
@@ -23,6 +23,8 @@ from gnaflex.dispatch import (
     cheaper_masked,
     choose,
     has_kernels,
+    kernel_advice,
+    kernel_lane,
     known,
     reasons_against,
     runs,
@@ -81,6 +83,10 @@ def flex_attention(
     """
     if return_lse and return_aux is not None:
         raise GNAError("return_lse and return_aux exclude each other. Write return_aux=AuxRequest(lse=True).")
+    plain = score_mod is None and return_aux is None and not kernel_options
+    if plain and (lane := _lane(block_mask, (query, key, value), scale, enable_gqa, backend)):
+        out, lse = lane(query, key, value)
+        return (out, lse) if return_lse else out
     aux = AuxRequest(lse=True) if return_lse else return_aux
     query, key, value = autocast(query, key, value)
     record = None if block_mask is None else record_of(block_mask)
@@ -142,7 +148,8 @@ def attention(
             query, key, value, extra_keys, extra_values, (window, stride, dilation, is_causal),
             scale, score_mod, backend, return_lse,
         )  # fmt: skip
-    query, key, value, *extra = autocast(query, key, value, *extra_pair(key, value, extra_keys, extra_values))
+    given = query, key, value
+    query, key, value, *extra = autocast(*given, *extra_pair(key, value, extra_keys, extra_values))
     shape = query.shape
     if len(shape) < 4 or key.shape[:-2] != shape[:-2] or value.shape[:-1] != key.shape[:-1]:
         raise GNAError(
@@ -157,10 +164,15 @@ def attention(
         problem = _problem(count, shape[1:-2], window, stride, dilation, is_causal)
     except TypeError:  # lists and arrays do not hash
         problem = _Problem(count, GNA(shape[1:-2], window, stride, dilation, is_causal))
+    gqa = query.shape[-2] != key.shape[-2]
+    plain = score_mod is None and not extra
+    if plain and (lane := _lane(problem, given, scale, gqa, backend)):
+        out, lse = lane(*given)
+        out = problem.row_major.heads_last(out, shape)
+        return (out, problem.row_major.heads_last(lse[..., None], shape)[..., 0]) if return_lse else out
     if score_mod is not None:
         check_score_mod(score_mod, (problem.row_major.order,), query.shape[-2])
     aux = AuxRequest(lse=True) if return_lse else None
-    gqa = query.shape[-2] != key.shape[-2]
 
     def call_in(order: _Route) -> Call:
         q, k, v = order.heads_first(query, key, value, *extra)
@@ -169,10 +181,27 @@ def attention(
     order, name, call = _order_and_backend(problem, backend, score_mod, query.device, call_in)
     if name == "flex":
         call = call._replace(block_mask=order.mask(query.device))
+    if name == "cuda" and plain and [x.data_ptr() for x in given] == [x.data_ptr() for x in _tensors(call)]:
+        lanes.keep(problem, lanes.signature(*given, scale, gqa), kernel_lane(call))
     out = RUN[name](call)
     if aux is None:
         return order.heads_last(out, shape)
     return order.heads_last(out[0], shape), order.heads_last(out[1].lse[..., None], shape)[..., 0]
+
+
+def _tensors(call: Call) -> tuple[Tensor, Tensor, Tensor]:
+    return call.query, call.key, call.value
+
+
+def _lane(
+    owner: Any, tensors: tuple[Tensor, Tensor, Tensor], scale: float | None, gqa: bool, backend: str
+) -> lanes.Ready | None:
+    """A kernel that ran such a call before, for eager calls that may take one."""
+    if torch.compiler.is_dynamo_compiling() or backend not in ("auto", "cuda"):
+        return None
+    if owner is None or lanes.NAME not in owner.__dict__:
+        return None
+    return lanes.ready(owner, lanes.signature(*tensors, scale, gqa), *tensors)
 
 
 def _order_and_backend(
@@ -272,8 +301,10 @@ def explain(
         >>> q = torch.randn(1, 2, 64, 16, requires_grad=True)
         >>> print(gnaflex.explain(q, q, q, bm))
         backend: sdpa
-          cuda: the CUTLASS kernel has been compiled, not run: no call is dispatched to it yet; it needs an \
-NVIDIA GPU of the Hopper or Blackwell family, the query is on cpu
+          cuda: it needs an NVIDIA GPU of the Hopper family, the query is on cpu; it computes in bfloat16 \
+and float16: the query is float32; head_dim must be 64 or 128: got 16; GNA(shape=(8, 8), window=(4, 4)) \
+needs masks inside tiles, whatever boxes of tokens the kernel takes; it has no backward: forward and \
+backward go to FlexAttention together
           flex: FlexAttention has no backward on cpu
           reference: runs, but comes later
         mask: GNA(shape=(8, 8), window=(4, 4)), row-major; of 1 blocks of 128 x 128 0 are full, 1 partial
@@ -285,7 +316,7 @@ NVIDIA GPU of the Hopper or Blackwell family, the query is on cpu
     call = Call(query, key, value, score_mod, block_mask, record, None, gqa, None, aux)
     check_call(call)
     reasons = reasons_against(call, BACKENDS)
-    said = () if record is None or block_mask is None else notes(record)
+    said = () if record is None or block_mask is None else (*notes(record), *kernel_advice(record))
     return Explanation(next((name for name in AUTO if not reasons[name]), None), reasons, said)
 
 
@@ -293,10 +324,11 @@ NVIDIA GPU of the Hopper or Blackwell family, the query is on cpu
 
 
 def _while_compiling(call: Call, backend: str) -> Any:
-    """On a GPU FlexAttention is traced into the user's graph. On a CPU a graph that holds anything else does
-    not build, so the whole call becomes one opaque operator."""
+    """On a GPU FlexAttention is traced into the user's graph, unless a kernel may run the call: then, as on a
+    CPU, where a graph that holds anything else does not build, it becomes one opaque operator."""
     plain = call.score_mod is None and call.kernel_options is None and call.record is not None
-    if not plain or (call.query.device.type == "cuda" and backend in ("auto", "flex")):
+    on_gpu = call.query.device.type == "cuda"
+    if not plain or (on_gpu and (backend == "flex" or (backend == "auto" and not _may_take_kernel(call)))):
         return traced_flex_attention(
             *call[:3],
             score_mod=call.score_mod,
@@ -319,9 +351,27 @@ def _while_compiling(call: Call, backend: str) -> Any:
     code: str = call.block_mask.mask_mod.gnaflex_code  # type: ignore[attr-defined]
     out, lse = operators.attend(
         call.query, call.key, call.value, cuts and cuts.text_valid, cuts and cuts.padding,
-        code, call.scale, call.aux is not None, backend,
+        code, bool(call.query.stride(1) < call.query.stride(2)), call.scale, call.aux is not None, backend,
     )  # fmt: skip
     return (out, AuxOutput(lse=lse)) if call.aux is not None else out
+
+
+def _may_take_kernel(call: Call) -> bool:
+    """Whether nothing that is known while compiling speaks against a kernel; the operator asks the rest."""
+    from gnaflex import operators
+
+    assert call.record is not None
+    cuts = call.record.cuts
+    if cuts is not None and (cuts.where is not None or cuts.padding is not None):
+        return False
+    if call.aux is not None and call.aux.max_scores:
+        return False
+    query, key, value = call.query, call.key, call.value
+    if torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad):
+        return False
+    code: str = call.block_mask.mask_mod.gnaflex_code  # type: ignore[union-attr]
+    head_dims = query.shape[-1], value.shape[-1]
+    return bool(operators.kernel_may_run(code, str(query.device), str(query.dtype), *head_dims))
 
 
 def _attention_while_compiling(

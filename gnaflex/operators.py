@@ -42,6 +42,19 @@ def _mask(code: str, device: torch.device, has_text_valid: bool, has_padding: bo
     return flex.compile_mask(record, device)
 
 
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def kernel_may_run(code: str, device: str, dtype: str, *head_dims: int) -> bool:
+    """Whether the problem, the device and the kind of tensors allow a CUTLASS kernel; asked while compiling,
+    so by constants. ``code`` is the mask's (mask.encoded)."""
+    from gnaflex.cuda_backend import known_reasons
+    from gnaflex.dispatch import cheaper_masked
+
+    record = decoded(code)
+    kind: torch.dtype = getattr(torch, dtype.removeprefix("torch."))
+    reasons = known_reasons(record, torch.device(device), kind, head_dims)
+    return next(iter(reasons), None) is None and not cheaper_masked(record, record)
+
+
 def _run(
     q: Tensor, k: Tensor, v: Tensor, text_valid: Tensor | None, padding: Tensor | None,
     code: str, scale: float | None, lse: bool, backend: str,
@@ -73,16 +86,32 @@ def _run_grid(
     )  # fmt: skip
 
 
-def _both(out: Any, query: Tensor, lse: bool) -> tuple[Tensor, Tensor]:
-    """Output and log-sum-exp (empty when not asked for), contiguous, sharing nothing with the inputs."""
+def _both(
+    out: Any, query: Tensor, inputs: Sequence[Tensor], lse: bool, heads_last: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Output and log-sum-exp (empty when not asked for) as the fakes have them, sharing nothing with the
+    inputs; copied only where they are not so."""
     first, second = out if lse else (out, query.new_empty(0, dtype=torch.float32))
-    return first.clone(memory_format=torch.contiguous_format), second.contiguous()
+    taken = {x.untyped_storage().data_ptr() for x in inputs}
+    wanted = _output(query, first.shape[-1], heads_last)
+    storage = first.untyped_storage()
+    if first.stride() != wanted.stride() or storage.data_ptr() in taken or storage.nbytes() != first.nbytes:
+        first = wanted.copy_(first)
+    return first, second.contiguous()
 
 
-def _fake(query: Tensor, value: Tensor, lse: bool) -> tuple[Tensor, Tensor]:
+def _output(query: Tensor, channels: int, heads_last: bool) -> Tensor:
+    """Dense; ``heads_last`` has the tokens of [batch, heads, tokens, head_dim] around the heads in memory."""
+    if heads_last:
+        batch, heads, tokens, _ = query.shape
+        return query.new_empty((batch, tokens, heads, channels)).transpose(1, 2)
+    return query.new_empty((*query.shape[:-1], channels))
+
+
+def _fake(query: Tensor, value: Tensor, lse: bool, heads_last: bool) -> tuple[Tensor, Tensor]:
     dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
     shape = query.shape[:-1] if lse else (0,)
-    return query.new_empty((*query.shape[:-1], value.shape[-1])), query.new_empty(shape, dtype=dtype)
+    return _output(query, value.shape[-1], heads_last), query.new_empty(shape, dtype=dtype)
 
 
 def _autograd_inside_an_operator() -> Any:
@@ -112,16 +141,18 @@ def _own(x: Tensor) -> Tensor:
 @torch.library.custom_op("gnaflex::attend", mutates_args=())
 def attend(
     q: Tensor, k: Tensor, v: Tensor, text_valid: Tensor | None, padding: Tensor | None,
-    code: str, scale: float | None, lse: bool, backend: str,
+    code: str, heads_last: bool, scale: float | None, lse: bool, backend: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """flex_attention of a mask of gnaflex as one operator; the second output is empty unless ``lse``."""
-    return _both(_run(q, k, v, text_valid, padding, code, scale, lse, backend), q, lse)
+    out = _run(q, k, v, text_valid, padding, code, scale, lse, backend)
+    return _both(out, q, (q, k, v), lse, heads_last)
 
 
 @torch.library.custom_op("gnaflex::attend_backward", mutates_args=())
 def attend_backward(
     grad: Tensor, grad_lse: Tensor, q: Tensor, k: Tensor, v: Tensor,
-    text_valid: Tensor | None, padding: Tensor | None, code: str, scale: float | None, lse: bool,
+    text_valid: Tensor | None, padding: Tensor | None, code: str, heads_last: bool, scale: float | None,
+    lse: bool,
 ) -> list[Tensor]:  # fmt: skip
     """Gradients of :func:`attend`."""
     return _recomputed(
@@ -140,7 +171,7 @@ def attend_grid(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """attention on a heads-last grid as one operator; the second output is empty unless ``lse``."""
     rest = window, stride, dilation, is_causal, scale, lse, backend
-    return _both(_run_grid(q, k, v, extra_k, extra_v, *rest), q, lse)
+    return _both(_run_grid(q, k, v, extra_k, extra_v, *rest), q, (q, k, v), lse)
 
 
 @torch.library.custom_op("gnaflex::attend_grid_backward", mutates_args=())
@@ -166,7 +197,7 @@ def _register(forward: Any, backward: Any, rest: int) -> None:
     if there are as many, for the two."""
 
     def fake(q: Tensor, k: Tensor, v: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
-        return _fake(q, v, others[-2])
+        return _fake(q, v, others[-2], forward is attend and others[3])
 
     def fake_backward(grad: Tensor, grad_lse: Tensor, *inputs: Any) -> list[Tensor]:
         differentiable = [x for x in inputs[:5] if x is not None and x.is_floating_point()]
@@ -187,5 +218,5 @@ def _register(forward: Any, backward: Any, rest: int) -> None:
     forward.register_autograd(differentiate, setup_context=setup_context)
 
 
-_register(attend, attend_backward, 4)
+_register(attend, attend_backward, 5)
 _register(attend_grid, attend_grid_backward, 7)

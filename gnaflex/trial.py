@@ -1,8 +1,8 @@
 """The proof of a compiled kernel: a small fixed set of problems, against plain attention in float64.
 
-``python -m gnaflex.trial CONFIG DEVICE`` is the child process that decides whether a kernel is trusted on this
-machine: its last line is a JSON object with ``outcome`` and ``reason``. Tensors are poisoned, sizes uneven,
-strides unusual.
+``python -m gnaflex.trial CONFIG DEVICE`` is the child process that decides whether a kernel is trusted on
+this machine: its last line is a JSON object with ``outcome`` and ``reason``. Sizes are uneven, strides
+unusual, and memory is poisoned before.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class Case(NamedTuple):
 
 
 def cases(config: Any) -> Iterator[Case]:
-    """Problems whose stride groups are the query box, so that its boxes need no mask; uneven on every axis."""
+    """Problems whose stride groups are the query box, so that it needs no masks; uneven on every axis."""
     q, kv = config.q_box, config.kv_box
     text = (37, 130, 5) if config.text else (0, 0, 0)
     runs = sum(map(bool, text))
@@ -111,7 +111,7 @@ def rounded(q: Tensor, k: Tensor, v: Tensor, pairs: Tensor, scale: float | None)
 
 def disagreement(case: Case, config: Any, device: torch.device, launcher: Any) -> str:
     """What is wrong with a kernel's results for a case, or ""."""
-    from gnaflex.cuda_backend.fast_path import Problem, launched, of_plan
+    from gnaflex.cuda_backend.fast_path import Lane, Problem, of_plan
 
     problem = Problem(case.spec, *case.texts)
     plan = Plan(case.spec, config.q_box, config.kv_box, "dynamic", math.prod(config.q_box))
@@ -121,7 +121,7 @@ def disagreement(case: Case, config: Any, device: torch.device, launcher: Any) -
     q, k, v = inputs(case, config, device)
     poison = [torch.full_like(q, math.nan) for _ in range(2)]
     del poison  # what is allocated next likely lies there
-    out, lse = launched(q, k, v, launches, valid, launcher, case.scale)
+    out, lse = Lane(q, k, v, launches, launcher, case.scale, valid)(q, k, v)
     pairs = allowed(case, device)
     exact, exact_lse = exactly(q, k, v, pairs, case.scale)
     plain = rounded(q, k, v, pairs, case.scale)

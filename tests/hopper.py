@@ -1,10 +1,14 @@
-"""A machine that looks as if it had a Hopper GPU: kernels are those of stand_in.py, tensors lie on the CPU."""
+"""A machine that looks as if it had a Hopper GPU: stand_in.py gives the kernels, tensors lie on the CPU."""
 
 from __future__ import annotations
+
+import contextlib
 
 import pytest
 from gnaflex.cuda_backend import gate, machine
 from stand_in import StandIn
+
+from gnaflex import door, operators
 
 
 @pytest.fixture
@@ -16,10 +20,17 @@ def hopper(monkeypatch):
         opened[config, device] = StandIn(config)
         return ""
 
+    def forget():  # what holds kernels that ran
+        door._problem.cache_clear()
+        operators._mask.cache_clear()
+
     monkeypatch.setattr(machine, "obstacle", lambda device: "")
     monkeypatch.setattr(machine, "architecture", lambda device: "sm_90a")
     monkeypatch.setattr(machine, "multiprocessors", lambda device: 132)
     monkeypatch.setattr(machine, "stream", lambda device: 0)
+    monkeypatch.setattr(machine, "on", lambda device: contextlib.nullcontext())
     monkeypatch.setattr(gate, "_launchers", opened)
     monkeypatch.setattr(gate, "_opened", open_one)
-    return opened
+    forget()
+    yield opened
+    forget()

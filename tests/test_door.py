@@ -386,8 +386,9 @@ def test_the_operators_are_sound():
     )
     extra = [torch.randn(1, 3, 1, 4, dtype=torch.double, requires_grad=True) for _ in range(2)]
     mod = gnaflex.block_mask((3, 4), (3, 2), device="cpu").mask_mod
-    args = (flat(q), flat(k), flat(v), None, None, mod.gnaflex_code, None, True, "auto")
-    torch.library.opcheck(operators.attend, args)
+    for heads_last in (False, True):
+        args = (flat(q), flat(k), flat(v), None, None, mod.gnaflex_code, heads_last, None, True, "auto")
+        torch.library.opcheck(operators.attend, args)
     lengths = torch.tensor([[3, 2]], dtype=torch.int32)
     args = (*args[:4], lengths, *args[5:])
     torch.library.opcheck(operators.attend, args)

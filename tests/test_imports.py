@@ -41,13 +41,29 @@ LAW = {
     "gather_tiles": {"window", "tiles", "layout", "order", "reorder"},
     "gather": {"spec", "order", "tables", "mask", "gather_tiles"},
     "compiled": set(),
-    "dispatch": {"spec", "order", "tables", "cuts", "mask", "flex", "compiled", "gather", "reference"},
+    "lanes": set(),
+    "dispatch": {
+        "lanes",
+        "spec",
+        "order",
+        "tables",
+        "cuts",
+        "mask",
+        "flex",
+        "compiled",
+        "gather",
+        "reference",
+    },
     "operators": {"spec", "cuts", "mask", "origin", "flex"},
     "checks": {"spec", "order", "mask", "dispatch"},
     "planner": {"spec", "window", "tiles"},
     "paper": {"spec", "planner", "timing"},
     "words": {"spec"},
     "plan_verbs": {"spec", "tiles", "planner", "searching", "words"},
+    "kernel_verbs": {"spec", "plan_verbs", "words"},
+    "doctor": {
+        *("cuda_backend", "spec", "origin", "flex", "reference", "dispatch", "door", "trial"),
+    },
     "timing": {"spec", "planner"},
     "drawn": {"spec", "window", "tiles", "planner", "searching"},
     "figures": {"spec", "window", "planner", "searching", "drawn"},
@@ -60,11 +76,11 @@ LAW = {
     "trial": {"spec", "mask", "planner"},
     "door": {
         *("spec", "layout", "order", "reorder", "mask", "origin", "flex"),
-        *("advice", "dispatch", "checks"),
+        *("advice", "dispatch", "checks", "lanes"),
     },
 }
 NO_TORCH = {"spec", "window", "tiles", "layout", "order", "blocks", "row_blocks", "tile_blocks"}
-NO_TORCH |= {"planner", "paper", "plan_verbs", "timing", "drawn", "figures", "drawing"}
+NO_TORCH |= {"planner", "paper", "plan_verbs", "kernel_verbs", "timing", "drawn", "figures", "drawing"}
 NO_TORCH |= {"axis_tables", "nearby", "fewest", "searching", "reasons"}
 
 

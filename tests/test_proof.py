@@ -33,12 +33,13 @@ LIMIT_S = 20.0  # far more than any stand-in takes
 @pytest.fixture(autouse=True)
 def cache(tmp_path, monkeypatch):
     """An empty cache, and a process that knows nothing."""
-    monkeypatch.setenv("GNAFLEX_CACHE_DIR", str(tmp_path / "cache"))
+    folder = tmp_path / "home" / "cache"  # neither exists
+    monkeypatch.setenv("GNAFLEX_CACHE_DIR", str(folder))
     for name in ("GNAFLEX_PROOF", "CUDA_VISIBLE_DEVICES"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(proof, "_warned", {})
     forget_memory(monkeypatch)
-    return tmp_path / "cache"
+    return folder
 
 
 def forget_memory(monkeypatch):
@@ -227,11 +228,14 @@ def test_a_program_that_cannot_start_says_nothing_about_the_kernel(tmp_path):
 
 def test_what_hangs_is_killed_with_all_that_it_started(tmp_path):
     lock = tmp_path / "lock"
-    code = "import subprocess, sys, time\n"
-    code += f"subprocess.Popen([sys.executable, '-c', {holder(lock)!r}])\ntime.sleep(60)"
+    code = "import os, subprocess, sys, time\n"
+    code += f"subprocess.Popen([sys.executable, '-c', {holder(lock)!r}])\n"
+    code += f"open({str(tmp_path / 'pid')!r}, 'w').write(str(os.getpid())); time.sleep(60)"
     assert failure(python(code), limit_s=2.0) == "no answer within 2 s"
     wait_for(lock)
     assert not is_alive(lock, patience_s=5)
+    with pytest.raises(ChildProcessError):  # no zombie either
+        os.waitpid(int((tmp_path / "pid").read_text()), os.WNOHANG)
 
 
 def test_what_a_check_leaves_behind_is_killed_too(tmp_path):
@@ -248,9 +252,11 @@ def test_a_detached_process_that_keeps_the_pipes_is_not_waited_for(tmp_path, mon
     code = "import os, subprocess, sys, time\n"
     code += f"subprocess.Popen([sys.executable, '-c', {holder(lock)!r}], start_new_session=True)\n"
     code += f"while not os.path.exists({str(lock)!r}): time.sleep(0.01)\n"
+    threads = threading.enumerate()
     try:
         assert verdict(SUBJECT, python(code + answer("proved")), limit_s=LIMIT_S).outcome == "proved"
         assert is_alive(lock)
+        assert all(thread.daemon for thread in threading.enumerate() if thread not in threads)
     finally:
         os.kill(int(lock.read_text()), signal.SIGKILL)
 
@@ -285,7 +291,17 @@ def test_output_that_is_no_text_is_read():
 
 def test_a_check_has_no_input():
     code = f"import sys\nassert sys.stdin.read() == ''\n{answer('proved')}"
-    assert verdict(SUBJECT, python(code), limit_s=LIMIT_S).outcome == "proved"
+    read, write = os.pipe()
+    os.write(write, b"typed")
+    os.close(write)
+    ours = os.dup(0)
+    os.dup2(read, 0)
+    try:
+        assert verdict(SUBJECT, python(code), limit_s=LIMIT_S).outcome == "proved"
+    finally:
+        os.dup2(ours, 0)
+        os.close(ours)
+        os.close(read)
 
 
 def test_ctrl_c_kills_the_check_and_goes_through(tmp_path):
@@ -393,6 +409,7 @@ def test_a_record_that_is_damaged_or_of_something_else_is_none(counted, cache, m
 
 
 def file_in_the_way(cache, monkeypatch):
+    cache.parent.mkdir()
     cache.write_text("not a folder")
 
 
@@ -451,11 +468,22 @@ def test_what_is_forgotten_is_checked_again_and_warned_of_again(tmp_path, subjec
     assert counted.runs == 2
 
 
-def test_forgetting_everything(counted, monkeypatch):
+def test_forgetting_one_subject_leaves_the_others_warned_of(tmp_path):
+    counted = Counted(tmp_path / "runs", "failed")
+    for subject in (SUBJECT, OTHER):
+        failure(counted.command, subject)
+    forget(SUBJECT)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert verdict(OTHER, counted.command).outcome == "failed"
+
+
+def test_forgetting_everything(counted, cache):
     for subject in (SUBJECT, OTHER):
         verdict(subject, counted.command, limit_s=LIMIT_S)
     forget()
     assert recorded(SUBJECT) is recorded(OTHER) is None
+    assert len(list(cache.glob("proofs/*.lock"))) == 1  # another process may wait for it
 
 
 @pytest.mark.parametrize("subject", [SUBJECT, None])
@@ -542,6 +570,24 @@ def in_threads(*calls):
     return threads
 
 
+@contextlib.contextmanager
+def a_check_under_way(tmp_path):
+    started, go = tmp_path / "started", tmp_path / "go"
+    code = f"import os, time\nopen({str(started)!r}, 'w')\n"
+    code += f"while not os.path.exists({str(go)!r}): time.sleep(0.01)\n"
+    (thread,) = in_threads(lambda: verdict(SUBJECT, python(code + answer("proved"))))
+    wait_for(started)
+
+    def end():
+        go.touch()
+        thread.join()
+
+    try:
+        yield end
+    finally:
+        end()
+
+
 @pytest.mark.parametrize("locks", ["file locks", "none"])
 def test_four_threads_run_one_check(tmp_path, monkeypatch, locks):
     if locks == "none":
@@ -556,20 +602,15 @@ def test_four_threads_run_one_check(tmp_path, monkeypatch, locks):
     assert len(caught) == 1
 
 
-def test_a_thread_that_waits_too_long_goes_on_without(tmp_path, monkeypatch):
-    go, started = tmp_path / "go", tmp_path / "runs"
-    slow = Counted(started)
-    slow.command[-1] += f"\nwhile not os.path.exists({str(go)!r}): time.sleep(0.01)\n{answer('proved')}"
-    (thread,) = in_threads(lambda: verdict(SUBJECT, slow.command))
-    wait_for(started)
-    monkeypatch.setattr(proof, "PATIENCE_S", -LIMIT_S)
-    found = verdict(OTHER, slow.command, limit_s=LIMIT_S)
-    go.touch()
-    thread.join()
+def test_a_thread_that_waits_too_long_goes_on_without(tmp_path, counted, monkeypatch):
+    subject = OTHER._replace(device="NVIDIA B200")  # whose lock file is free
+    with a_check_under_way(tmp_path):
+        monkeypatch.setattr(proof, "PATIENCE_S", -LIMIT_S)
+        found = verdict(subject, counted.command, limit_s=LIMIT_S)
     assert found.outcome == "pending"
     assert not found.passes
-    assert recorded(OTHER) is None
-    assert slow.runs == 1
+    assert recorded(subject) is None
+    assert counted.runs == 0
 
 
 def test_one_check_at_a_time_on_a_device(counted, cache, monkeypatch):
@@ -624,24 +665,6 @@ def test_a_forked_process_waits_for_another_to_prove(counted, monkeypatch):
     assert counted.runs == 1
 
 
-@contextlib.contextmanager
-def a_check_under_way(tmp_path):
-    started, go = tmp_path / "started", tmp_path / "go"
-    code = f"import os, time\nopen({str(started)!r}, 'w')\n"
-    code += f"while not os.path.exists({str(go)!r}): time.sleep(0.01)\n"
-    (thread,) = in_threads(lambda: verdict(SUBJECT, python(code + answer("proved"))))
-    wait_for(started)
-
-    def end():
-        go.touch()
-        thread.join()
-
-    try:
-        yield end
-    finally:
-        end()
-
-
 def test_a_fork_during_a_check_leaves_no_lock_held_in_the_child(tmp_path, counted, monkeypatch):
     monkeypatch.setattr(proof, "PATIENCE_S", -LIMIT_S)
     subject = OTHER._replace(device="NVIDIA B200")  # whose lock file is free
@@ -689,6 +712,14 @@ def test_no_check_while_tracing(counted):
     assert set(found) == {Verdict("pending", "torch.compile is tracing")}
     assert counted.runs == 0
     assert verdict(SUBJECT, counted.command).outcome == "proved"
+
+
+def test_the_time_can_be_asked_for_in_what_is_traced():
+    def reason(x):
+        return x + len(now_is_no_time())
+
+    traced = torch.compile(reason, backend="eager", fullgraph=True)
+    assert traced(torch.zeros(1)).item() == len("torch.compile is tracing")
 
 
 def test_no_check_while_a_graph_is_captured(counted, monkeypatch):
