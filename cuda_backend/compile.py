@@ -6,10 +6,13 @@ import contextlib
 import ctypes
 import importlib
 import os
+import subprocess
 import tempfile
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
+import torch
 from gnaflex.cuda_backend.abi import PARTS, Launcher, counts
 from gnaflex.cuda_backend.config import KernelConfig, obstacles
 
@@ -31,8 +34,9 @@ def compiled(config: KernelConfig, *options: Any) -> Any:
         raise GNAError("no kernel can be compiled for this: " + "; ".join(why) + ".")
     cute = _cutlass().cute
     from gnaflex.cuda_backend.sm90_attend import Attend
+    from gnaflex.cuda_backend.sm90_loads import Loads
 
-    kernel = Attend(config)
+    kernel = (Loads if config.loads_only else Attend)(config)
     with_arch = (cute.GPUArch(config.arch), *options)
     return cute.compile[with_arch](kernel.launch, *_arguments(config, kernel.dtype))
 
@@ -101,3 +105,52 @@ def from_object(code: bytes, rank: int) -> Launcher:
         function = getattr(runtime.load_module(file.name), PREFIX)
     executor = function.to()
     return Launcher(executor.capi_func, rank, keep=(function, executor))
+
+
+# ---- for machines without CuTe DSL -------------------------------------------------------------------
+
+
+def to_shared(code: bytes, path: Path) -> None:
+    """An object as a shared library that needs CUDA's runtime alone; linked by the C compiler.
+
+    Raises:
+        GNAError: there is no C compiler, or it fails.
+    """
+    (runtime,) = _cutlass().cute.runtime.find_runtime_libraries(enable_tvm_ffi=False)
+    static = Path(runtime).with_name("libcuda_dialect_runtime_static.a")
+    with tempfile.TemporaryDirectory() as folder:
+        given = Path(folder) / "kernel.o"
+        given.write_bytes(code)
+        words = [os.environ.get("CC", "cc"), "-shared", "-o", str(path), str(given), str(static)]
+        try:
+            done = subprocess.run(words, capture_output=True, text=True)
+        except OSError as error:
+            raise GNAError(f"linking a kernel needs a C compiler: {error}. Set CC.") from error
+    if done.returncode:
+        raise GNAError(f"{words[0]} could not link a kernel: {done.stderr.strip()[-500:]}")
+
+
+def from_shared(path: Path, rank: int) -> Launcher:
+    """The kernel in a library of :func:`to_shared`, loaded on every GPU; torch has CUDA's runtime loaded.
+
+    Raises:
+        RuntimeError: CUDA does not load it.
+    """
+    library = ctypes.CDLL(str(path))
+    name = ctypes.string_at(ctypes.addressof(ctypes.c_char.in_dll(library, f"{PREFIX}_function_name")))
+    handle, error, device = ctypes.c_void_p(), ctypes.c_int32(), ctypes.c_int32()
+    to_handle = ctypes.pointer(handle)
+
+    def call(symbol: str, *values: Any) -> None:
+        places = (ctypes.c_void_p * len(values))(*map(ctypes.addressof, values))
+        library[f"_mlir_{PREFIX}_{symbol}"](places)
+        if error.value:
+            raise RuntimeError(f"CUDA error {error.value} from {symbol} of {path.name}")
+
+    call("cuda_init", to_handle, error)
+    for number in range(torch.cuda.device_count()):
+        device.value = number
+        call("cuda_load_to_device", to_handle, device, error)
+    function = library[name.decode()]
+    function.restype = None
+    return Launcher(function, rank, keep=(library, handle, to_handle))

@@ -21,8 +21,11 @@ MOST_AXES = 3  # a tensor map has five modes; channels and heads take two
 
 @dataclass(frozen=True)
 class KernelConfig:
-    """A variant: what is fixed when it is compiled. Extents per axis, the last axis fastest; ``text`` says
-    whether there are extra tokens beside the grid."""
+    """A variant: what is fixed when it is compiled.
+
+    Extents per axis, the last axis fastest. ``text``: there are extra tokens beside the grid. ``loads_only``:
+    all but the loads is left out, for benchmarks.
+    """
 
     arch: str
     dtype: str
@@ -30,12 +33,22 @@ class KernelConfig:
     q_box: Tile
     kv_box: Tile
     text: bool = False
+    loads_only: bool = False
 
     @property
     def name(self) -> str:
         """As a file may be called."""
         boxes = ("x".join(map(str, box)) for box in (self.q_box, self.kv_box))
-        return "-".join((self.arch, self.dtype, str(self.head_dim), *boxes, *["text"] * self.text))
+        return "-".join(
+            (
+                self.arch,
+                self.dtype,
+                str(self.head_dim),
+                *boxes,
+                *["text"] * self.text,
+                *["loads"] * self.loads_only,
+            )
+        )
 
     @property
     def rank(self) -> int:

@@ -149,8 +149,7 @@ def trial(config: Any, device: torch.device, launcher: Any) -> tuple[str, str]:
 
 def main(arguments: list[str]) -> None:
     """The child process."""
-    from gnaflex.cuda_backend.cache import get
-    from gnaflex.cuda_backend.compile import from_object, to_object
+    from gnaflex.cuda_backend import gate
     from gnaflex.cuda_backend.config import KernelConfig
 
     fields = json.loads(arguments[0])
@@ -159,8 +158,7 @@ def main(arguments: list[str]) -> None:
     config = KernelConfig(**fields)
     device = torch.device("cuda", int(arguments[1]))
     torch.cuda.set_device(device)
-    launcher = from_object(get(config, to_object), config.rank)
-    outcome, reason = trial(config, device, launcher)
+    outcome, reason = trial(config, device, gate.load(config))
     torch.cuda.synchronize(device)
     print(json.dumps({"outcome": outcome, "reason": reason}))
 
