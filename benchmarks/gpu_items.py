@@ -1,0 +1,327 @@
+"""The items of gpu_suite: what is measured on a GPU, most telling first."""
+
+from __future__ import annotations
+
+import math
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from gnaflex.cuda_backend import gate, machine
+from gnaflex.cuda_backend.config import KernelConfig
+from gnaflex.cuda_backend.fast_path import Lane, Problem, prepared
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import scaled_dot_product_attention
+
+import gnaflex
+from benchmarks.measure import Row, row
+from gnaflex.trial import trial
+
+ROUNDS = 9
+FLUSH_BYTES = 256 * 2**20  # more than any L2
+DEVICE = torch.device("cuda", 0)
+ARCH = "sm_90a"
+
+
+class Item(NamedTuple):
+    """A measurement, and the seconds it may take."""
+
+    measure: Callable[[], Iterator[Row]]
+    limit_s: float
+
+
+# Heads and head_dim as the models have them (data of the paper, tables 1 to 6); bf16, batch 1.
+PROBLEMS = {
+    "hunyuan 30x48x80": (Problem(gnaflex.GNA((30, 48, 80), (18, 24, 24), (16, 8, 8))), 24),
+    "flux 256x256": (Problem(gnaflex.GNA((256, 256), (80, 80), (16, 16))), 24),
+    "hunyuan 33x45x80": (Problem(gnaflex.GNA((33, 45, 80), (18, 24, 24), (16, 8, 8))), 24),
+    "cosmos 16x44x80": (Problem(gnaflex.GNA((16, 44, 80), (16, 24, 16), (1, 8, 16))), 32),
+    "hunyuan 30x48x80 and 256 text": (
+        Problem(gnaflex.GNA((30, 48, 80), (18, 24, 24), (16, 8, 8)), suffix=256),
+        24,
+    ),
+    "dense 16x44x80": (Problem(gnaflex.GNA((16, 44, 80), (16, 44, 80))), 32),
+}
+HEAD_DIM = 128
+# Small variants for the tests; boxes as in tests/test_gpu.py
+EXTRA = (
+    KernelConfig(ARCH, "bfloat16", 64, (2, 8, 8), (2, 8, 8)),
+    KernelConfig(ARCH, "float16", 128, (2, 8, 8), (2, 8, 8), True),
+    KernelConfig(ARCH, "float16", 64, (8, 16), (8, 16), True),
+    KernelConfig(ARCH, "bfloat16", 128, (128,), (128,)),
+    KernelConfig(ARCH, "bfloat16", 128, (1, 5, 24), (3, 4, 8)),
+    KernelConfig(ARCH, "bfloat16", 128, (3, 5, 8), (3, 2, 8), True),
+)
+
+
+def kernel(problem: Problem) -> KernelConfig:
+    """The variant that runs a problem here."""
+    return problem.config(ARCH, torch.bfloat16, HEAD_DIM)
+
+
+def configs() -> list[KernelConfig]:
+    """Every variant that the items launch, each once."""
+    timed = [kernel(problem) for problem, _ in PROBLEMS.values()]
+    loads = [_loads(kernel(problem)) for problem in (PROBLEMS["hunyuan 30x48x80"][0], _line())]
+    return list(dict.fromkeys([*timed, *EXTRA, *loads]))
+
+
+def _loads(config: KernelConfig) -> KernelConfig:
+    return KernelConfig(config.arch, config.dtype, config.head_dim, config.q_box, config.kv_box, False, True)
+
+
+def _line() -> Problem:
+    """As many tokens in a row, every 128 of them over as many keys as those of the first problem see."""
+    spec = PROBLEMS["hunyuan 30x48x80"][0].spec
+    return Problem(gnaflex.GNA((spec.num_tokens,), (math.prod(spec.window),), (128,)))
+
+
+# ---- inputs and time ---------------------------------------------------------------------------------
+
+
+def inputs(problem: Problem, heads: int) -> list[Tensor]:
+    """q, k, v [1, heads, tokens, head_dim] bf16, heads-last in memory as models make them."""
+    generator = torch.Generator(DEVICE).manual_seed(0)
+    tokens = problem.spec.num_tokens + problem.prefix + problem.suffix
+    sizes = tokens, tokens + problem.extra_kv, tokens + problem.extra_kv
+    make = partial(torch.randn, device=DEVICE, dtype=torch.bfloat16, generator=generator)
+    return [make(1, n, heads, HEAD_DIM).transpose(1, 2) for n in sizes]
+
+
+def milliseconds(calls: dict[str, Callable[[], Any]], rounds: int = ROUNDS) -> dict[str, list[float]]:
+    """Of every call on the GPU, by events, the calls in turn in every round, L2 cold; two rounds first that
+    do not count."""
+    flush = torch.empty(FLUSH_BYTES, dtype=torch.int8, device=DEVICE)
+    taken: dict[str, list[float]] = {name: [] for name in calls}
+    for turn in range(rounds + 2):
+        for name, call in calls.items():
+            flush.zero_()
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            call()
+            end.record()
+            end.synchronize()
+            if turn >= 2:
+                taken[name].append(start.elapsed_time(end))
+    return taken
+
+
+def lane(problem: Problem, tensors: list[Tensor], config: KernelConfig | None = None) -> Callable[[], Any]:
+    """The kernel on these tensors."""
+    launches, valid = prepared(problem, DEVICE)
+    launcher = gate.load(config or kernel(problem))
+    one = Lane(*tensors, launches, launcher, None, valid)
+    return lambda: one(*tensors)
+
+
+# ---- items -------------------------------------------------------------------------------------------
+
+
+def box_loads() -> Iterator[Row]:
+    """Boxes of row-major tokens against contiguous runs of as many: the same kernel, arithmetic left out."""
+    problem, heads = PROBLEMS["hunyuan 30x48x80"]
+    line = _line()
+    plan, boxes = problem.boxes, line.boxes
+    assert plan is not None
+    assert boxes is not None
+    tensors = inputs(problem, heads)
+    calls = {
+        "boxes": lane(problem, tensors, _loads(kernel(problem))),
+        "contiguous": lane(line, tensors, _loads(kernel(line))),
+    }
+    times = milliseconds(calls)
+    for name, how in (("boxes", plan), ("contiguous", boxes)):
+        bytes_read = heads * how.touched_tiles * math.prod(how.kv_tile) * HEAD_DIM * 2 * 2
+        rates = [bytes_read / ms / 1e9 for ms in times[name]]
+        yield row(f"keys and values by {name}, {how.q_tile} queries over {how.kv_tile}", rates, "TB/s")
+    per_tile = {
+        name: [ms / how.touched_tiles for ms in times[name]]
+        for name, how in (("boxes", plan), ("contiguous", boxes))
+    }
+    ratio = [a / b for a, b in zip(per_tile["boxes"], per_tile["contiguous"], strict=True)]
+    yield row("time of a tile, boxes over contiguous", ratio, "x", 1.25, 1.05)
+
+
+def proofs() -> Iterator[Row]:
+    """The trial that stands between a kernel and its users, for every variant of the suite."""
+    for config in configs():
+        if config.loads_only:
+            continue
+        start = time.perf_counter()
+        outcome, reason = trial(config, DEVICE, gate.load(config))
+        took = time.perf_counter() - start
+        yield row(
+            f"proof of {config.name}", [float(outcome == "proved")], "proved", 1, 1, f"{took:.1f} s {reason}"
+        )
+
+
+def timed(name: str) -> Iterator[Row]:
+    """A problem by every provider: dense by cuDNN, FlexAttention with its permutation, the kernel."""
+    problem, heads = PROBLEMS[name]
+    spec, plan = problem.spec, problem.boxes
+    assert plan is not None
+    q, k, v = inputs(problem, heads)
+    bm = gnaflex.block_mask(spec.shape, spec.window, spec.stride, suffix=problem.suffix, device=DEVICE)
+    calls = {
+        "dense cuDNN": partial(_dense, SDPBackend.CUDNN_ATTENTION, q, k, v),
+        "dense flash": partial(_dense, SDPBackend.FLASH_ATTENTION, q, k, v),
+        "cuda": partial(gnaflex.flex_attention, q, k, v, block_mask=bm, backend="cuda"),
+        "flex": partial(_flex, problem, q, k, v),
+    }
+    calls, why = _able(calls)
+    times = milliseconds(calls)
+    pairs = _pairs(problem, plan)
+    for one, values in times.items():
+        work = 4e-9 * heads * HEAD_DIM * (pairs if one in ("cuda", "flex") else q.shape[2] * k.shape[2])
+        rate = statistics.median(work / ms for ms in values)
+        yield row(f"{name}: {one}", values, "ms", note=f"{rate:.0f} TFLOP/s of what it must compute")
+    for one, reason in why.items():
+        yield row(f"{name}: {one}", [math.nan], "ms", note=f"not run: {reason}")
+    if "cuda" not in times:
+        return
+    if dense := times.get("dense cuDNN"):
+        bound = plan.q_rows * _visited(problem, plan) / (q.shape[2] * k.shape[2])
+        achieved = [d * bound / ms for d, ms in zip(dense, times["cuda"], strict=True)]
+        yield row(
+            f"{name}: fraction of the achievable", achieved, "x", 0.85, 0.95, f"dense time x {bound:.4f}"
+        )
+        speedup = [d / ms for d, ms in zip(dense, times["cuda"], strict=True)]
+        yield row(f"{name}: over dense cuDNN", speedup, "x")
+    if flex := times.get("flex"):
+        yield row(
+            f"{name}: over FlexAttention", [f / ms for f, ms in zip(flex, times["cuda"], strict=True)], "x"
+        )
+        difference = (calls["cuda"]().float() - calls["flex"]().float()).abs().max().item()
+        yield row(f"{name}: greatest difference from FlexAttention", [difference], "")
+
+
+def _dense(backend: SDPBackend, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    with sdpa_kernel(backend):
+        return scaled_dot_product_attention(q, k, v)
+
+
+def _flex(problem: Problem, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """FlexAttention as a user gets it: tile-major where counts say so, permutation included."""
+    spec = problem.spec
+    if problem.suffix:
+        bm = _tiled(problem)
+        x = (gnaflex.permute(one, bm) for one in (q, k, v))
+        return gnaflex.unpermute(gnaflex.flex_attention(*x, block_mask=bm, backend="flex"), bm)
+    grids = (x.transpose(1, 2).unflatten(1, spec.shape) for x in (q, k, v))
+    out = gnaflex.attention(*grids, spec.window, spec.stride, backend="flex")
+    return out.flatten(1, -3).transpose(1, 2)
+
+
+def _tiled(problem: Problem) -> Any:
+    spec = problem.spec
+    if problem not in _masks:
+        _masks[problem] = gnaflex.block_mask(
+            spec.shape, spec.window, spec.stride, suffix=problem.suffix, q_tile=(2, 8, 8), device=DEVICE
+        )
+    return _masks[problem]
+
+
+_masks: dict[Problem, Any] = {}
+
+
+def _able(calls: dict[str, Callable[[], Any]]) -> tuple[dict[str, Callable[[], Any]], dict[str, str]]:
+    """The calls that run, and why the others do not."""
+    able, why = {}, {}
+    for name, call in calls.items():
+        try:
+            call()
+            torch.cuda.synchronize()
+            able[name] = call
+        except (RuntimeError, NotImplementedError, gnaflex.GNAError) as error:
+            why[name] = str(error).splitlines()[0][:200]
+    return able, why
+
+
+def _visited(problem: Problem, plan: Any) -> int:
+    """Keys of all query tiles of 128 rows, text included, as the kernel takes them."""
+    keys = plan.touched_tiles * math.prod(plan.kv_tile)
+    text = problem.prefix + problem.suffix + problem.extra_kv
+    tiles = plan.touched_tiles and math.prod(len(axis.start) for axis in plan.axes)
+    queries = sum(-(-n // plan.q_rows) for n in problem.texts[:2])
+    return int(keys + tiles * text + queries * (problem.spec.num_tokens + text))
+
+
+def _pairs(problem: Problem, plan: Any) -> int:
+    """Pairs that must be computed."""
+    n, text = problem.spec.num_tokens, sum(problem.texts)
+    grid = n * math.prod(problem.spec.window)
+    return int(grid + n * text + (problem.prefix + problem.suffix) * (n + text))
+
+
+def dispatch() -> Iterator[Row]:
+    """Microseconds of the host per call, the GPU idle or busy as may be, and a call in a CUDA graph."""
+    bm = gnaflex.block_mask((16, 16), 8, 8, device=DEVICE)
+    q, k, v = torch.randn(3, 1, 2, 256, HEAD_DIM, device=DEVICE, dtype=torch.bfloat16).unbind(0)
+    call = partial(gnaflex.flex_attention, q, k, v, block_mask=bm, backend="cuda")
+    grid = torch.randn(1, 16, 16, 2, HEAD_DIM, device=DEVICE, dtype=torch.bfloat16)
+    heads_last = partial(gnaflex.attention, grid, grid, grid, 8, 8, backend="cuda")
+    for name, one in (("flex_attention", call), ("attention", heads_last)):
+        values = []
+        for _ in range(12):
+            torch.cuda.synchronize()
+            start = time.perf_counter()
+            for _ in range(200):
+                one()
+            values.append((time.perf_counter() - start) / 200 * 1e6)
+        yield row(f"host time of {name}, launch included", values[2:], "us", 20, 12)
+    want = call()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        got = call()
+    got.zero_()
+    graph.replay()
+    torch.cuda.synchronize()
+    yield row("a replayed CUDA graph gives the same", [float(torch.equal(got, want))], "equal", 1, 1)
+
+
+def tests() -> Iterator[Row]:
+    """pytest -m gpu."""
+    words = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-n0", "-x", "tests/test_gpu.py"]
+    done = subprocess.run(words, capture_output=True, text=True)
+    last = next(iter(done.stdout.strip().splitlines()[-1:]), "")
+    yield row("GPU tests", [float(done.returncode == 0)], "passed", 1, 1, last)
+    if done.returncode:
+        raise RuntimeError(done.stdout[-1500:])
+
+
+def sanitizer() -> Iterator[Row]:
+    """compute-sanitizer on the trial of the smallest variant."""
+    import json
+    from dataclasses import asdict
+
+    config = EXTRA[2]
+    words = [
+        "compute-sanitizer",
+        "--tool",
+        "memcheck",
+        "--error-exitcode",
+        "9",
+        sys.executable,
+        "-m",
+        "gnaflex.trial",
+    ]
+    done = subprocess.run([*words, json.dumps(asdict(config)), "0"], capture_output=True, text=True)
+    last = [line for line in done.stdout.splitlines() if "ERROR SUMMARY" in line]
+    yield row("memcheck finds nothing", [float(done.returncode == 0)], "clean", 1, 1, " ".join(last))
+
+
+ITEMS = {
+    "box loads": Item(box_loads, 60),
+    "proofs": Item(proofs, 120),
+    **{f"time {name}": Item(partial(timed, name), 120) for name in PROBLEMS},
+    "dispatch": Item(dispatch, 60),
+    "tests": Item(tests, 240),
+    "sanitizer": Item(sanitizer, 120),
+}
+assert machine.ARCHITECTURE[9, 0] == ARCH
