@@ -5,7 +5,8 @@ memory by TMA, at any token as origin; two consumer groups of 64 rows each compu
 
     S = Q K^T;  m, l, P = softmax(S), running;  O = O * correction + P V
 
-with S of the next tile on the tensor cores while P V of this one is. Outputs leave through shared memory, row
+with S of the next tile on the tensor cores while P V of this one is. The groups take turns at issuing these
+(FlashAttention-3, section 3.1), so that one's softmax runs while the other's products do. Outputs leave through shared memory, row
 by row, as only the token's own coordinates say whether a row exists.
 
 Extra (text) tokens lie before and behind the grid in the same sequence. Their keys come as line tiles: rows
@@ -36,6 +37,7 @@ THREADS = CONSUMERS + GROUP
 PRODUCER_WARP = CONSUMERS // 32
 PRODUCER_REGISTERS, CONSUMER_REGISTERS = 24, 240  # 128 * 24 + 256 * 240 <= 65,536
 EPILOGUE_BARRIER = 1  # and the next, one for each consumer group
+TURN_BARRIER = 3  # and the next: whose turn it is to issue matrix products
 LN_2 = math.log(2)
 
 
@@ -562,6 +564,9 @@ class Attend:
         pv.set(warpgroup.Field.ACCUMULATE, True)
         tile = Int32(0)
         turn = Int32(0)
+        wg = tid // GROUP
+        if wg == 1:
+            self.pass_turn(wg)
         first, _, _ = cute.arch.block_idx()
         every, _, _ = cute.arch.grid_dim()
         for number in cutlass.range(first, schedule.items, every, unroll=1):
@@ -585,9 +590,11 @@ class Attend:
                 tile += 1
                 stage, phase = tile % self.stages, tile // self.stages & 1
                 cute.arch.mbarrier_wait(bars.k_full + stage, phase)
+                cute.arch.barrier(barrier_id=TURN_BARRIER + wg, number_of_threads=CONSUMERS)
                 self.scores(qk, S, rQ, rK, stage)
                 cute.arch.mbarrier_wait(bars.v_full + v_stage, v_phase)
                 self.outputs(pv, acc, P, rV, v_stage)
+                self.pass_turn(wg)
                 warpgroup.wait_group(1)
                 cute.arch.mbarrier_arrive(bars.k_empty + stage)
                 self.mask(S3, i, item)
@@ -609,6 +616,10 @@ class Attend:
             tile += 1
             turn += 1
             self.finish(pv, acc, acc3, sO, top, total, scale_log2, out, item, tid)
+
+    def pass_turn(self, wg: Any) -> None:
+        """The other group may issue. Both have as many turns: their tiles are the same."""
+        cute.arch.barrier_arrive(barrier_id=TURN_BARRIER + 1 - wg, number_of_threads=CONSUMERS)
 
     @cute.jit
     def scores(self, qk: Any, S: Any, rQ: Any, rK: Any, stage: Int32) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import signal
 import sys
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -20,6 +21,7 @@ from gnaflex.mask import mask_mod
 from gnaflex.planner import Plan
 from gnaflex.spec import GNA
 
+LIMIT_S = 600  # after which the child ends itself
 BUDGET = 2.0  # the error of a kernel, by that of plain attention which rounds at the same places
 # Of a log-sum-exp in float32: sums of a thousand terms, each with 2 units of exp2.approx's last place, and
 # lg2.approx (CUDA programming guide, table of intrinsic functions).
@@ -152,6 +154,8 @@ def main(arguments: list[str]) -> None:
     from gnaflex.cuda_backend import gate
     from gnaflex.cuda_backend.config import KernelConfig
 
+    if hasattr(signal, "alarm"):
+        signal.alarm(LIMIT_S)  # the parent may be gone
     fields = json.loads(arguments[0])
     for box in ("q_box", "kv_box"):
         fields[box] = tuple(fields[box])

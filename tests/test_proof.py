@@ -181,6 +181,13 @@ def test_everything_else_is_a_failure(code, words):
     assert recorded(SUBJECT).outcome == "failed"
 
 
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_a_child_that_was_ended_from_outside_says_nothing(number):
+    found = proof.verdict(SUBJECT, python(f"import os; os.kill(os.getpid(), {int(number)})"))
+    assert (found.outcome, proof.recorded(SUBJECT).outcome) == ("inconclusive", "inconclusive")
+    assert "was killed by signal" in found.reason
+
+
 def test_a_signal_without_a_name_has_a_number():
     assert "signal 40" in failure(python("import os; os.kill(os.getpid(), 40)"))
 
@@ -627,6 +634,14 @@ def test_one_check_at_a_time_on_a_device(counted, cache, monkeypatch):
         assert verdict(OTHER._replace(device="NVIDIA B200"), counted.command, limit_s=LIMIT_S).passes
     forget(OTHER)
     assert verdict(OTHER, counted.command, limit_s=LIMIT_S).outcome == "proved"
+
+
+def test_the_lock_file_is_closed(counted, cache):
+    verdict(SUBJECT, counted.command)
+    (lock,) = cache.glob("proofs/*.lock")
+    for descriptor in os.listdir("/dev/fd"):
+        with contextlib.suppress(OSError):  # the listing had one itself
+            assert not os.path.samestat(os.fstat(int(descriptor)), lock.stat())
 
 
 def test_a_file_system_without_locks(counted, monkeypatch):
