@@ -39,7 +39,9 @@ PARTS = (
     Part("steps", "i", AXES),  # rows from one of its tokens to the next
     Part("group_steps", "i", AXES),  # rows from a group to the next
     Part("groups", "i", AXES),
-    Part("texts", "i", 7),  # tokens before the grid, behind, keys alone; their columns; 1 if queries too
+    Part(
+        "texts", "i", 8
+    ),  # tokens before the grid, behind, keys alone; their columns; 1 if queries too; rounds
     Part("start", "i"),  # the row of the first token of the first group
     Part("blocks", "i"),  # of the launch
     Part("scale_log2", "f"),  # the softmax scale times log2(e), positive

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import importlib
 import os
@@ -69,19 +68,9 @@ def _arguments(config: KernelConfig, dtype: Any) -> Iterator[Any]:
 def machine_code(config: KernelConfig) -> bytes:
     """The cubin of a variant, for NVIDIA's disassembler."""
     cute = _cutlass().cute
-    with tempfile.TemporaryDirectory() as folder, _inside(folder):
-        return bytes(compiled(config, cute.KeepCUBIN(True)).__cubin__)
-
-
-@contextlib.contextmanager
-def _inside(folder: str) -> Iterator[None]:
-    """CuTe DSL leaves what it keeps in the current folder."""
-    before = os.getcwd()
-    os.chdir(folder)
-    try:
-        yield
-    finally:
-        os.chdir(before)
+    dump_dir = importlib.import_module("cutlass.base_dsl.compiler").DumpDir
+    with tempfile.TemporaryDirectory() as folder:  # where CuTe DSL writes it too
+        return bytes(compiled(config, cute.KeepCUBIN(True), dump_dir(folder)).__cubin__)
 
 
 def to_object(config: KernelConfig) -> bytes:

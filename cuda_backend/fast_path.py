@@ -82,6 +82,7 @@ def of_plan(problem: Problem, plan: Plan, device: torch.device) -> tuple[tuple[P
             *problem.texts,
             *columns,
             are_queries,
+            _rounds(problem, plan, launch),
             problem.prefix + int(np.dot(launch.first, rows)),
         )
         items = len(launch.work) * math.prod(launch.groups)
@@ -89,6 +90,14 @@ def of_plan(problem: Problem, plan: Plan, device: torch.device) -> tuple[tuple[P
         out.append(Prepared(torch.from_numpy(launch.work).to(device), numbers, items))
     valid = torch.tensor([[n for n in problem.texts if n] or [0]], dtype=torch.int32, device=device)
     return tuple(out), valid
+
+
+def _rounds(problem: Problem, plan: Plan, launch: tile_walk.Launch) -> int:
+    """How many boxes of queries take as long as 128 text queries, which see everything."""
+    rows = math.prod(plan.kv_tile)
+    text = sum(-(-n // rows) for n in problem.texts)
+    boxes = float(tile_walk.tile_counts(launch.work[:, 2], plan.kv_tile).prod(axis=1).mean())
+    return round((-(-problem.spec.num_tokens // rows) + text) / (boxes + text))
 
 
 def layout_obstacle(what: str, x: Tensor) -> str:

@@ -215,7 +215,7 @@ def _answer(command: Sequence[str], limit_s: float) -> Verdict:
     how = f"ended with exit status {status}"
     if status < 0:
         how = f"was killed by signal {-status} ({signal.strsignal(-status)})"
-    if status in (-signal.SIGKILL, -signal.SIGTERM):  # no crash: the machine ran out of memory, or the job ended
+    if status in (-9, -15):  # SIGKILL, SIGTERM: no crash; memory ran out, or the job was ended
         return Verdict("inconclusive", f"the check {how}")
     last = err.rstrip().rpartition("\n")[2].strip()[:QUOTE]
     return Verdict("failed", f"the check {how} and no verdict" + (f": {last}" if last else ""))

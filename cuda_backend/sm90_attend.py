@@ -6,8 +6,8 @@ memory by TMA, at any token as origin; two consumer groups of 64 rows each compu
     S = Q K^T;  m, l, P = softmax(S), running;  O = O * correction + P V
 
 with S of the next tile on the tensor cores while P V of this one is. The groups take turns at issuing these
-(FlashAttention-3, section 3.1), so that one's softmax runs while the other's products do. Outputs leave through shared memory, row
-by row, as only the token's own coordinates say whether a row exists.
+(FlashAttention-3, section 3.1), so that one's softmax runs while the other's products do. Outputs leave
+through shared memory, row by row, as only the token's own coordinates say whether a row exists.
 
 Extra (text) tokens lie before and behind the grid in the same sequence. Their keys come as line tiles: rows
 of the whole sequence, by maps of rank 3, behind the boxes in the same loop; their queries are further work
@@ -217,10 +217,11 @@ def init(bars: Barriers, stages: int) -> None:
 
 class Texts:
     """Extra tokens of a launch: per run before the grid, behind it, and of keys alone its tokens and its
-    column in ``valid`` [batch, columns], how many of them are keys; and whether they are queries here too."""
+    column in ``valid`` [batch, columns], how many of them are keys; whether they are queries here too, and
+    as many boxes take as long as 128 of these."""
 
     def __init__(self, numbers: Any, keys: Any, valid: Any) -> None:
-        prefix, suffix, extra, *self.columns, self.are_queries = numbers
+        prefix, suffix, extra, *self.columns, self.are_queries, self.rounds = numbers
         self.tokens, self.valid = (prefix, suffix, extra), valid
         self.grid = keys - prefix - suffix - extra
         behind = prefix + self.grid
@@ -247,6 +248,30 @@ class Schedule:
         if texts is not None:
             self.text_items = texts.are_queries * (texts.tiles[0] + texts.tiles[1]) * places[0] * places[1]
             self.items += self.text_items
+
+
+def turns(schedule: Schedule, block: Any, blocks: Any) -> Any:
+    """How many items a block has: every ``blocks``-th one. Blocks with a text query more than others start on
+    boxes that many rounds later, as text queries take far longer."""
+    if schedule.texts is None:
+        return (schedule.items - block + blocks - 1) // blocks
+    texts, late, rounds = schedule.text_items, schedule.text_items % blocks, schedule.texts.rounds
+    boxes, room = schedule.items - texts, blocks - late
+    early = cutlass.max(boxes - (block - late) + room - 1, Int32(0)) // room
+    early = cutlass.select_(block < late, Int32(0), cutlass.min(rounds, early))
+    after = cutlass.max(boxes - rounds * room - block + blocks - 1, Int32(0)) // blocks
+    return (texts - block + blocks - 1) // blocks + early + after
+
+
+def number_of(schedule: Schedule, block: Any, blocks: Any, turn: Any) -> Any:
+    """Which item that is, ``turn`` of a block."""
+    if schedule.texts is None:
+        return block + turn * blocks
+    texts, late, rounds = schedule.text_items, schedule.text_items % blocks, schedule.texts.rounds
+    at, room = turn - (texts - block + blocks - 1) // blocks, blocks - late
+    together = at - cutlass.select_(block < late, Int32(0), rounds)  # rounds since all blocks take boxes
+    box = cutlass.select_(together < 0, at * room + block - late, rounds * room + together * blocks + block)
+    return cutlass.select_(at < 0, block + turn * blocks, texts + box)
 
 
 class Item:
@@ -479,11 +504,10 @@ class Attend:
         sQ, sK, sV = smem
         sQ_box = cute.local_tile(sQ, (self.q_tokens, self.D), (0, 0))
         tile = Int32(0)
-        turn = Int32(0)
         first, _, _ = cute.arch.block_idx()
         every, _, _ = cute.arch.grid_dim()
-        for number in cutlass.range(first, schedule.items, every, unroll=1):
-            item = Item(schedule, number)
+        for turn in cutlass.range(turns(schedule, first, every), unroll=1):
+            item = Item(schedule, number_of(schedule, first, every, turn))
             cute.arch.mbarrier_wait(bars.q_empty, (turn & 1) ^ 1)
             if cutlass.const_expr(self.text):
                 if item.is_text:
@@ -502,7 +526,6 @@ class Attend:
                     row, _ = line(item, i, self.rows)
                     self.bring(by_line, item, (row,), (sK, sV), (self.rows,), bars, tile, share)
                     tile += 1
-            turn += 1
 
     @cute.jit
     def bring_queries(
@@ -563,14 +586,13 @@ class Attend:
         top, total, change = (cute.make_rmem_tensor((2,), Float32) for _ in range(3))
         pv.set(warpgroup.Field.ACCUMULATE, True)
         tile = Int32(0)
-        turn = Int32(0)
         wg = tid // GROUP
         if wg == 1:
             self.pass_turn(wg)
         first, _, _ = cute.arch.block_idx()
         every, _, _ = cute.arch.grid_dim()
-        for number in cutlass.range(first, schedule.items, every, unroll=1):
-            item = Item(schedule, number)
+        for turn in cutlass.range(turns(schedule, first, every), unroll=1):
+            item = Item(schedule, number_of(schedule, first, every, turn))
             acc.fill(0.0)
             top.fill(-Float32.inf)
             total.fill(0.0)
@@ -614,7 +636,6 @@ class Attend:
             warpgroup.wait_group(0)
             cute.arch.mbarrier_arrive(bars.v_empty + stage)
             tile += 1
-            turn += 1
             self.finish(pv, acc, acc3, sO, top, total, scale_log2, out, item, tid)
 
     def pass_turn(self, wg: Any) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import cutlass
 import cutlass.cute as cute
 from cutlass import Float32, Int32
-from gnaflex.cuda_backend.sm90_attend import Attend, Item
+from gnaflex.cuda_backend.sm90_attend import Attend, Item, number_of, turns
 
 
 class Loads(Attend):  # type: ignore[misc, unused-ignore]
@@ -23,11 +23,10 @@ class Loads(Attend):  # type: ignore[misc, unused-ignore]
     ) -> None:
         """Wait for every tile and give it back."""
         tile = Int32(0)
-        turn = Int32(0)
         first, _, _ = cute.arch.block_idx()
         every, _, _ = cute.arch.grid_dim()
-        for number in cutlass.range(first, schedule.items, every, unroll=1):
-            item = Item(schedule, number)
+        for turn in cutlass.range(turns(schedule, first, every), unroll=1):
+            item = Item(schedule, number_of(schedule, first, every, turn))
             cute.arch.mbarrier_wait(bars.q_full, turn & 1)
             for _i in cutlass.range(item.tiles, unroll=1):
                 stage, phase = tile % self.stages, tile // self.stages & 1
@@ -37,4 +36,3 @@ class Loads(Attend):  # type: ignore[misc, unused-ignore]
                 cute.arch.mbarrier_arrive(bars.v_empty + stage)
                 tile += 1
             cute.arch.mbarrier_arrive(bars.q_empty)
-            turn += 1
