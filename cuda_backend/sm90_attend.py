@@ -313,7 +313,15 @@ class Item:
         self.tiles = self.boxes + self.lines[0] + self.lines[1] + self.lines[2] + self.lines[3]
 
 
-def line(item: Any, i: Any, rows: int) -> Any:
+def key_box(item: Any, i: Any, size: Any) -> Any:
+    """The first key of box ``i`` and how many are left from there on; per axis, the first axis fastest."""
+    place = unravel(i, tuple(item.counts[::-1]))[::-1]
+    past = [at * extent for at, extent in zip(place, size, strict=True)]
+    origin = tuple(first + more for first, more in zip(item.k0, past, strict=True))
+    return origin, tuple(n - more for n, more in zip(item.keys, past, strict=True))
+
+
+def key_line(item: Any, i: Any, rows: int) -> Any:
     """The first row of line tile ``i``, and how many keys are left from there on in its run."""
     (start, count), before = item.runs[0], item.lines[0]
     first, left = start + i * rows, count - i * rows
@@ -517,13 +525,12 @@ class Attend:
             else:
                 self.bring_queries(by_box, item, tuple(item.q0), sQ_box, self.q_box, bars)
             for i in cutlass.range(item.boxes, unroll=1):
-                place = unravel(i, tuple(item.counts[::-1]))[::-1]
-                origin = tuple(item.k0[a] + place[a] * self.kv_box[a] for a in range(self.rank))
+                origin, _ = key_box(item, i, self.kv_box)
                 self.bring(by_box, item, origin, (sK, sV), self.kv_box, bars, tile, share)
                 tile += 1
             if cutlass.const_expr(self.text):
                 for i in cutlass.range(item.tiles - item.boxes, unroll=1):
-                    row, _ = line(item, i, self.rows)
+                    row, _ = key_line(item, i, self.rows)
                     self.bring(by_line, item, (row,), (sK, sV), (self.rows,), bars, tile, share)
                     tile += 1
 
@@ -679,7 +686,7 @@ class Attend:
             if i < item.boxes:
                 self.clip(S3, i, item)
             else:
-                _, left = line(item, i - item.boxes, self.rows)
+                _, left = key_line(item, i - item.boxes, self.rows)
                 if left < self.rows:
                     hide(S3, key_words((left,), (self.rows,)), self.rows)
         else:
@@ -689,9 +696,8 @@ class Attend:
     def clip(self, S3: cute.Tensor, i: Int32, item: Any) -> None:
         """Hide what tile ``i`` of the key box holds beyond it."""
         if item.clips:
-            place = unravel(i, tuple(item.counts[::-1]))[::-1]
-            left = [n - at * size for n, at, size in zip(item.keys, place, self.kv_box, strict=True)]
-            hide(S3, key_words(tuple(left[::-1]), self.config.kv_box), self.rows)
+            _, left = key_box(item, i, self.kv_box)
+            hide(S3, key_words(left[::-1], self.config.kv_box), self.rows)
 
     @cute.jit
     def finish(

@@ -1,164 +1,171 @@
-"""The integer code of the Hopper kernel itself, compiled for the CPU: what it would load, hide and store.
+"""The integer code of the Hopper kernel, compiled for the CPU: what a launch would load, count and store.
 
-Work items, tiles, tensor views, predicates and output rows are the kernel's own functions; only TMA and the
-vote over a warp are spelled out here.
+Work items, tiles, tensor views and output rows are the kernel's own functions. What only a GPU has is spelled
+out here: TMA's zeros beyond a tensor, and the vote of a warp over which rows of a tile are keys.
 """
 
 from __future__ import annotations
 
-import math
+from typing import Any
 
 import cutlass
 import cutlass.cute as cute
 import torch
-from cutlass import Int16, Int32
+from cutlass import Boolean, Float32, Int16, Int32, Int64
 from gnaflex.cuda_backend.abi import PARTS, counts
 from gnaflex.cuda_backend.compile import _arguments
-from gnaflex.cuda_backend.sm90_attend import Attend, Grid, Item, Schedule, Texts, line, slot, view
+from gnaflex.cuda_backend.config import KernelConfig
+from gnaflex.cuda_backend.sm90_attend import (
+    Attend,
+    Grid,
+    Item,
+    Schedule,
+    Texts,
+    key_box,
+    key_line,
+    number_of,
+    slot,
+    turns,
+    view,
+)
 from gnaflex.cuda_backend.tile_walk import Q_ROWS, SPANS, TEXTS, unravel
 
-COLUMNS = (
-    8  # of the log: kind, item, row of the tile, token, head, batch of what is loaded, token that is stored
-)
-QUERY, KEY = 1, 2
+KIND, ITEM, RESULT = 0, 1, 5  # columns of a log
+MARKS = slice(2, 5)  # and those between: token, head and batch entry of what is loaded, -1 for nothing
+COLUMNS = 6
+QUERY, KEY = 1, 2  # kinds
+POINTERS = {"lse": (Float32, 4), "work": (Int32, 4), "valid": (Int32, 4)}  # else tokens, 16 bytes
+NUMBERS = {"q": Int64, "i": Int32, "f": Float32}
+
+
+def marked(batch: int, heads: int, tokens: int) -> torch.Tensor:
+    """[batch, heads, tokens, 3] int16: token, head and batch entry, the first channels of what is walked."""
+    each = [torch.arange(n, dtype=torch.int16) for n in (tokens, heads, batch)]
+    shape = (batch, heads, tokens)
+    return torch.stack([x.view(-1, *[1] * i).expand(shape) for i, x in enumerate(each)], -1)
 
 
 class Walk:
-    """Called like the kernel's ``launch``; returns the log [entries, COLUMNS] of all blocks."""
+    """Called like the kernel's ``launch``, with room for a log: [entries, COLUMNS] int32, item by item.
 
-    def __init__(self, config) -> None:
+    An item has an entry for each of its ``Q_ROWS`` rows, whose result is the row of the log-sum-exp that it
+    stores (-1: none), then one for each row of its tiles, whose result is 1 if it counts as a key.
+    """
+
+    def __init__(self, config: KernelConfig) -> None:
         self.kernel, self.config = Attend(config), config
-        self.compiled = cute.compile(
-            self.walk,
-            *_arguments(config, self.kernel.dtype),
-            cute.runtime.make_ptr(Int32, 16, cute.AddressSpace.gmem, assumed_align=4),
-        )
+        log = cute.runtime.make_ptr(Int32, 16, cute.AddressSpace.gmem, assumed_align=4)
+        self.compiled = cute.compile(self.walk, *_arguments(config, self.kernel.dtype), log, Int32(1))
 
-    def __call__(self, *numbers, entries: int):
-        log = torch.zeros(entries, COLUMNS, dtype=torch.int32)
+    def __call__(self, *numbers: float, entries: int) -> torch.Tensor:
+        log = torch.zeros(entries + 1, COLUMNS, dtype=torch.int32)
+        self.compiled(*self.arguments(numbers), self.pointer(log.data_ptr(), Int32, 4), Int32(entries))
+        assert not log[-1].any(), f"more than {entries} entries"
+        return log[log[:, KIND] > 0]
+
+    def arguments(self, numbers: tuple[float, ...]) -> list[Any]:
+        """The numbers of a launch as CuTe DSL takes them."""
         rest, given = list(numbers), []
-        kinds = {"Q": None, "q": cutlass.Int64, "i": Int32, "f": cutlass.Float32}
         for part, n in zip(PARTS, counts(self.config.rank), strict=True):
             mine, rest = rest[:n], rest[n:]
             if part.name == "stream":
-                import cuda.bindings.driver as cuda
-
-                given.append(cuda.CUstream(0))
+                given.append(cute.runtime.make_fake_stream())
             elif part.code == "Q":
-                given.append(
-                    cute.runtime.make_ptr(
-                        self.type_of(part.name),
-                        mine[0],
-                        cute.AddressSpace.gmem,
-                        assumed_align=4 if part.name in ("lse", "work", "valid") else 16,
-                    )
-                )
+                given.append(self.pointer(mine[0], *POINTERS.get(part.name, (self.kernel.dtype, 16))))
             else:
-                made = tuple(kinds[part.code](x) for x in mine)
-                given.append(made[0] if part.numbers == 1 else made)
-        self.compiled(
-            *given, cute.runtime.make_ptr(Int32, log.data_ptr(), cute.AddressSpace.gmem, assumed_align=4)
-        )
-        n = int(log[0, -1])
-        assert n <= entries
-        return log[:n]
+                typed = tuple(map(NUMBERS[part.code], mine))
+                given.append(typed[0] if part.numbers == 1 else typed)
+        assert not rest
+        return given
 
-    def type_of(self, name):
-        return {"lse": cutlass.Float32, "work": Int32, "valid": Int32}.get(name, self.kernel.dtype)
+    def pointer(self, address: float, kind: Any, alignment: int) -> Any:
+        return cute.runtime.make_ptr(kind, address, cute.AddressSpace.gmem, assumed_align=alignment)
 
     @cute.jit
     def walk(
         self, q: cute.Pointer, k: cute.Pointer, v: cute.Pointer, o: cute.Pointer, lse: cute.Pointer,
-        work: cute.Pointer, valid: cute.Pointer, stream: object, strides: object, sizes: object, lengths: object, steps: object,
-        group_steps: object, groups: object, texts: object, start: Int32, blocks: Int32, scale_log2: cutlass.Float32,
-        log: cute.Pointer,
+        work: cute.Pointer, valid: cute.Pointer, stream: Any, strides: Any, sizes: Any, lengths: Any,
+        steps: Any, group_steps: Any, groups: Any, texts: Any, start: Int32, blocks: Int32,
+        scale_log2: Float32, log: cute.Pointer, room: Int32,
     ):  # fmt: skip
-        kernel = self.kernel
+        """All items of all blocks, by the tensors that ``Attend.launch`` makes of the same arguments."""
+        kernel, rank = self.kernel, self.config.rank
         batch, heads, kv_heads, queries, keys, boxes, valid_step = sizes
         mQ = kernel.tokens(cute.recast_ptr(q, dtype=Int16), batch, heads, queries, strides[0:3])
         mK = kernel.tokens(cute.recast_ptr(k, dtype=Int16), batch, kv_heads, keys, strides[3:6])
-        rank = kernel.rank
         mW = cute.make_tensor(work, cute.make_layout((boxes, SPANS, rank), stride=(SPANS * rank, rank, 1)))
         known = cute.make_tensor(valid, cute.make_layout((batch, TEXTS), stride=(valid_step, 1)))
-        out = cute.make_tensor(log, cute.make_layout((1 << 30, COLUMNS), stride=(COLUMNS, 1)))
+        out = cute.make_tensor(log, cute.make_layout((room + 1, COLUMNS), stride=(COLUMNS, 1)))
         grid = (lengths, steps, group_steps, groups, start)
-        (xQ, fQ), (xK, fK) = (view(x, Grid(*grid), kernel.D) for x in (mQ, mK))
-        (lQ, gQ), (lK, gK) = (
-            view(x, Grid((n,), (1,), (), (), 0), kernel.D) for x, n in ((mQ, queries), (mK, keys))
-        )
+        by_box = [view(x, Grid(*grid), kernel.D) for x in (mQ, mK)]
+        by_line = [view(x, Grid((n,), (1,), (), (), 0), kernel.D) for x, n in ((mQ, queries), (mK, keys))]
         extra = Texts(texts, keys, known) if kernel.text else None
         schedule = Schedule(mW, (heads, batch, *groups), extra, kernel)
-        share = heads // kv_heads
         n = Int32(0)
-        for number in cutlass.range(schedule.items, unroll=1):
-            item = Item(schedule, number)
-            is_text = item.is_text if kernel.text else cutlass.Boolean(False)
-            for row in cutlass.range(Q_ROWS, unroll=1):
-                is_token, token = self.token(row, item, grid)
-                out[n, 0] = Int32(QUERY)
-                out[n, 1] = number
-                out[n, 2] = row
-                out[n, 6] = cutlass.select_(is_token, token, Int32(-1))
-                if is_text:
-                    if cutlass.const_expr(kernel.text):
-                        self.read(out, n, lQ, (item.first + row,), (queries,), slot(item, gQ, item.head))
-                else:
-                    place = unravel(row, self.config.q_box)[::-1]
-                    at = tuple(o + p for o, p in zip(item.q0, place, strict=True))
-                    inside = cutlass.select_(row < kernel.q_tokens, Int32(0), Int32(1 << 30))
-                    self.read(out, n, xQ, (at[0] + inside, *at[1:]), lengths[::-1], slot(item, fQ, item.head))
-                n += 1
-            for i in cutlass.range(item.tiles, unroll=1):
-                for row in cutlass.range(kernel.rows, unroll=1):
-                    out[n, 0] = Int32(KEY)
-                    out[n, 1] = number
-                    out[n, 2] = row
-                    if i < item.boxes:
-                        place = unravel(i, tuple(item.counts[::-1]))[::-1]
-                        inside = unravel(row, self.config.kv_box)[::-1]
-                        seen = row >= 0
-                        for a in cutlass.range_constexpr(rank):
-                            left = item.keys[a] - place[a] * kernel.kv_box[a]
-                            seen = cutlass.and_(seen, inside[a] < left)
-                        at = tuple(
-                            o + p * size + r
-                            for o, p, size, r in zip(item.k0, place, kernel.kv_box, inside, strict=True)
-                        )
-                        self.read(out, n, xK, at, lengths[::-1], slot(item, fK, item.head // share))
-                        out[n, 6] = Int32(seen)
-                    else:
-                        if cutlass.const_expr(kernel.text):
-                            first, left = line(item, i - item.boxes, kernel.rows)
-                            self.read(out, n, lK, (first + row,), (keys,), slot(item, gK, item.head // share))
-                            out[n, 6] = Int32(row < left)
-                    n += 1
-        out[0, COLUMNS - 1] = n
+        for block in cutlass.range(blocks, unroll=1):
+            for turn in cutlass.range(turns(schedule, block, blocks), unroll=1):
+                number = number_of(schedule, block, blocks, turn)
+                item = Item(schedule, number)
+                for row in cutlass.range(Q_ROWS, unroll=1):
+                    out[n, KIND], out[n, ITEM] = Int32(QUERY), number
+                    is_token, token = self.token(row, item, grid)
+                    stored = (item.batch * heads + item.head) * queries + token
+                    out[n, RESULT] = cutlass.select_(is_token, stored, Int32(-1))
+                    self.load_query(out, n, by_box[0], by_line[0], item, row)
+                    n = cutlass.min(n + 1, room)
+                for i in cutlass.range(item.tiles, unroll=1):
+                    for row in cutlass.range(kernel.rows, unroll=1):
+                        out[n, KIND], out[n, ITEM] = Int32(KEY), number
+                        self.load_key(out, n, by_box[1], by_line[1], item, (i, row, heads // kv_heads))
+                        n = cutlass.min(n + 1, room)
 
-    def token(self, *arguments):
-        """The kernel's; CuTe carries what methods are called on through a loop, but self."""
+    def token(self, *arguments: Any) -> Any:
+        """The kernel's; CuTe carries what methods are called on through a loop, all but ``self``."""
         return self.kernel.token(*arguments)
 
     @cute.jit
-    def read(self, out: object, n: Int32, x: object, at: object, lengths: object, place: Int32):
-        """What TMA brings for a token of a box: its own marks, zero beyond the grid."""
-        inside = at[0] >= 0
+    def load_query(self, out: Any, n: Int32, by_box: Any, by_line: Any, item: Any, row: Int32):
+        """As ``Attend.produce`` brings a row of queries: boxes may have fewer than 128."""
+        is_text = item.is_text if self.kernel.text else Boolean(False)
+        if is_text:
+            if cutlass.const_expr(self.kernel.text):
+                self.load(out, n, by_line, (item.first + row,), item, item.head)
+        else:
+            place = unravel(row, self.config.q_box)[::-1]
+            at = tuple(o + p for o, p in zip(item.q0, place, strict=True))
+            self.load(out, n, by_box, at, item, item.head)
+            if row >= self.kernel.q_tokens:
+                for c in cutlass.range_constexpr(MARKS.start, MARKS.stop):
+                    out[n, c] = Int32(-1)
+
+    @cute.jit
+    def load_key(self, out: Any, n: Int32, by_box: Any, by_line: Any, item: Any, which: Any):
+        """As ``Attend.produce`` brings a row of a tile, and ``Attend.mask`` hides it."""
+        i, row, share = which
+        if i < item.boxes:
+            first, left = key_box(item, i, self.kernel.kv_box)
+            inside = unravel(row, self.config.kv_box)[::-1]
+            is_key = Boolean(True)
+            for a in cutlass.range_constexpr(self.config.rank):
+                is_key = cutlass.and_(is_key, inside[a] < left[a])
+            out[n, RESULT] = Int32(cutlass.select_(item.clips, is_key, Boolean(True)))
+            at = tuple(f + p for f, p in zip(first, inside, strict=True))
+            self.load(out, n, by_box, at, item, item.head // share)
+        else:
+            if cutlass.const_expr(self.kernel.text):
+                start, left = key_line(item, i - item.boxes, self.kernel.rows)
+                out[n, RESULT] = Int32(row < left)
+                self.load(out, n, by_line, (start + row,), item, item.head // share)
+
+    @cute.jit
+    def load(self, out: Any, n: Int32, viewed: Any, at: Any, item: Any, head: Int32):
+        """What TMA brings for a token: its marks, or zeros (-1 here) beyond the tensor of its map."""
+        x, factors = viewed
+        place = slot(item, factors, head)
+        inside = cutlass.and_(place >= 0, place < x.shape[2])
         for a in cutlass.range_constexpr(len(at)):
-            inside = cutlass.and_(inside, at[a] < lengths[a])
-        for c in cutlass.range_constexpr(3):
-            out[n, 3 + c] = Int32(-1)
-        if inside:
-            for c in cutlass.range_constexpr(3):
-                out[n, 3 + c] = Int32(x[at, c, place])
-
-
-def marked(batch, heads, tokens, head_dim, dtype, heads_last):
-    """[batch, heads, tokens, head_dim] whose first channels are the bits of token, head and batch entry."""
-    marks = torch.zeros(batch, heads, tokens, head_dim, dtype=torch.int16)
-    marks[..., 0] = torch.arange(tokens, dtype=torch.int16)
-    marks[..., 1] = torch.arange(heads, dtype=torch.int16)[:, None]
-    marks[..., 2] = torch.arange(batch, dtype=torch.int16)[:, None, None]
-    x = marks.view(dtype)
-    return x.transpose(1, 2).contiguous().transpose(1, 2) if heads_last else x
-
-
-assert math.prod((QUERY, KEY)) == 2
+            inside = cutlass.and_(inside, cutlass.and_(at[a] >= 0, at[a] < x.shape[0][a]))
+        for c in cutlass.range_constexpr(MARKS.stop - MARKS.start):
+            out[n, MARKS.start + c] = Int32(-1)
+            if inside:
+                out[n, MARKS.start + c] = Int32(x[at, c, place])
