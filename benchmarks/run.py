@@ -14,7 +14,7 @@ from rich.table import Table
 
 from benchmarks.measure import Row, as_json, environment
 
-NAMES = ("compile_time", "cpu_attention", "joint_masks", "planning")
+NAMES = ("compile_time", "cpu_attention", "dispatch_cost", "joint_masks", "planning")
 
 
 def main() -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import types
+from collections.abc import Callable, Hashable, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -148,7 +149,12 @@ def attention(
             query, key, value, extra_keys, extra_values, (window, stride, dilation, is_causal),
             scale, score_mod, backend, return_lse,
         )  # fmt: skip
-    given = query, key, value
+    given, form = (query, key, value), (window, stride, dilation, is_causal)
+    plain = score_mod is None and extra_keys is None and extra_values is None
+    if plain and (lane := _lane(_grids, given, scale, form, backend)):
+        out, lse = lane(*given)
+        out = out.transpose(1, 2).reshape(query.shape)
+        return (out, lse.transpose(1, 2).reshape(query.shape[:-1])) if return_lse else out
     query, key, value, *extra = autocast(*given, *extra_pair(key, value, extra_keys, extra_values))
     shape = query.shape
     if len(shape) < 4 or key.shape[:-2] != shape[:-2] or value.shape[:-1] != key.shape[:-1]:
@@ -161,32 +167,30 @@ def attention(
     known(backend)
     count = extra[0].shape[1] if extra else 0
     try:
-        problem = _problem(count, shape[1:-2], window, stride, dilation, is_causal)
+        problem = _problem(count, shape[1:-2], *form)
     except TypeError:  # lists and arrays do not hash
-        problem = _Problem(count, GNA(shape[1:-2], window, stride, dilation, is_causal))
-    gqa = query.shape[-2] != key.shape[-2]
-    plain = score_mod is None and not extra
-    if plain and (lane := _lane(problem, given, scale, gqa, backend)):
-        out, lse = lane(*given)
-        out = problem.row_major.heads_last(out, shape)
-        return (out, problem.row_major.heads_last(lse[..., None], shape)[..., 0]) if return_lse else out
+        problem = _Problem(count, GNA(shape[1:-2], *form))
     if score_mod is not None:
         check_score_mod(score_mod, (problem.row_major.order,), query.shape[-2])
     aux = AuxRequest(lse=True) if return_lse else None
 
     def call_in(order: _Route) -> Call:
         q, k, v = order.heads_first(query, key, value, *extra)
+        gqa = query.shape[-2] != key.shape[-2]
         return Call(q, k, v, score_mod, None, order.record, scale, gqa, None, aux)
 
     order, name, call = _order_and_backend(problem, backend, score_mod, query.device, call_in)
     if name == "flex":
         call = call._replace(block_mask=order.mask(query.device))
     if name == "cuda" and plain and [x.data_ptr() for x in given] == [x.data_ptr() for x in _tensors(call)]:
-        lanes.keep(problem, lanes.signature(*given, scale, gqa), kernel_lane(call))
+        lanes.keep(_grids, lanes.signature(*given, scale, form), kernel_lane(call))
     out = RUN[name](call)
     if aux is None:
         return order.heads_last(out, shape)
     return order.heads_last(out[0], shape), order.heads_last(out[1].lse[..., None], shape)[..., 0]
+
+
+_grids = types.SimpleNamespace()  # keeps the lanes of heads-last grids
 
 
 def _tensors(call: Call) -> tuple[Tensor, Tensor, Tensor]:
@@ -194,14 +198,14 @@ def _tensors(call: Call) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _lane(
-    owner: Any, tensors: tuple[Tensor, Tensor, Tensor], scale: float | None, gqa: bool, backend: str
+    owner: Any, tensors: tuple[Tensor, Tensor, Tensor], scale: float | None, form: Hashable, backend: str
 ) -> lanes.Ready | None:
     """A kernel that ran such a call before, for eager calls that may take one."""
     if torch.compiler.is_dynamo_compiling() or backend not in ("auto", "cuda"):
         return None
     if owner is None or lanes.NAME not in owner.__dict__:
         return None
-    return lanes.ready(owner, lanes.signature(*tensors, scale, gqa), *tensors)
+    return lanes.ready(owner, lanes.signature(*tensors, scale, form), *tensors)
 
 
 def _order_and_backend(

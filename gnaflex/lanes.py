@@ -6,6 +6,7 @@ autocast, sends a call the long way. No torch function is traced, so lanes are f
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Hashable
 from typing import Any
 
@@ -17,8 +18,8 @@ NAME = "_gnaflex_lanes"  # of the attribute of an owner
 Ready = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
-def signature(query: Tensor, key: Tensor, value: Tensor, scale: float | None, enable_gqa: bool) -> Hashable:
-    """What must be the same for a lane to serve, None where none can."""
+def signature(query: Tensor, key: Tensor, value: Tensor, scale: float | None, form: Hashable) -> Hashable:
+    """What must be the same for a lane to serve, None where none can; ``form`` is what else a call says."""
     if torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad):
         return None
     if not type(query) is type(key) is type(value) is Tensor or torch.is_autocast_enabled(query.device.type):
@@ -27,14 +28,17 @@ def signature(query: Tensor, key: Tensor, value: Tensor, scale: float | None, en
         query.shape, query.stride(), query.dtype, query.device,
         key.shape, key.stride(), key.dtype, key.device,
         value.shape, value.stride(), value.dtype, value.device,
-        scale, enable_gqa,
+        scale, form,
     )  # fmt: skip
 
 
 def ready(owner: Any, found: Hashable, *tensors: Tensor) -> Ready | None:
     """The lane of an owner that has some, a mask or a problem, if the tensors are aligned."""
     lanes: dict[Hashable, Ready] = getattr(owner, NAME)
-    lane = lanes.get(found)
+    try:
+        lane = lanes.get(found)
+    except TypeError:  # windows in lists do not hash
+        return None
     if lane is None or any(x.data_ptr() % 16 for x in tensors):
         return None
     return lane
@@ -44,4 +48,5 @@ def keep(owner: Any, found: Hashable, lane: Ready) -> None:
     """Remember a lane of an owner."""
     lanes = owner.__dict__.setdefault(NAME, {})
     if found is not None and len(lanes) < MOST_LANES:
-        lanes[found] = lane
+        with contextlib.suppress(TypeError):
+            lanes[found] = lane

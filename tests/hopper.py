@@ -22,6 +22,7 @@ def hopper(monkeypatch):
 
     def forget():  # what holds kernels that ran
         door._problem.cache_clear()
+        door._grids.__dict__.clear()
         operators._mask.cache_clear()
 
     monkeypatch.setattr(machine, "obstacle", lambda device: "")
