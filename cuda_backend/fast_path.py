@@ -126,6 +126,7 @@ class Lane:
         launcher: the kernel.
         scale: of the scores; any number, None is ``head_dim ** -0.5``.
         valid: integers [batch or 1, runs of extra tokens], contiguous: how many tokens of a run are keys.
+        blocks: at most so many at once; None is one for each multiprocessor.
     """
 
     def __init__(
@@ -137,6 +138,7 @@ class Lane:
         launcher: Launcher,
         scale: float | None,
         valid: Tensor,
+        blocks: int | None = None,
     ) -> None:
         batch, heads, queries, head_dim = query.shape
         scale = head_dim**-0.5 if scale is None else float(scale)
@@ -154,7 +156,7 @@ class Lane:
         sizes = batch, heads, key.shape[1], queries, key.shape[2]
         valid_step = 0 if valid.shape[0] == 1 else valid.shape[1]
         scale_log2 = (abs(scale) or 1.0) * LOG2_E
-        blocks = machine.multiprocessors(query.device)
+        blocks = blocks or machine.multiprocessors(query.device)
         each = batch * heads
         self._tails = [
             (

@@ -40,6 +40,7 @@ class Case(NamedTuple):
     heads_last: bool = False
     valid: tuple[tuple[int, ...], ...] | None = None
     scale: float | None = None
+    blocks: int | None = None
 
 
 def cases(config: Any) -> Iterator[Case]:
@@ -50,6 +51,10 @@ def cases(config: Any) -> Iterator[Case]:
     window = tuple(max(a, b + 1) for a, b in zip(q, kv, strict=True))
     shape = tuple(w + a + 1 for w, a in zip(window, q, strict=True))
     yield Case("clipped tiles", GNA(shape, window, q), text, heads=4)
+    yield Case("clipped tiles, many a block", GNA(shape, window, q), text, 2, blocks=3)
+    long = (5 * kv[0] + max(q[0], 3), *window[1:])
+    shape = (long[0] + q[0], *shape[1:])
+    yield Case("many tiles a box", GNA(shape, long, q), text, 1, blocks=2)
     whole = tuple(-(-a // b) * b for a, b in zip(q, kv, strict=True))
     shape = tuple(w + a for w, a in zip(whole, q, strict=True))
     yield Case("whole tiles, heads last", GNA(shape, whole, q), text, 2, 4, 2, heads_last=True)
@@ -123,7 +128,7 @@ def disagreement(case: Case, config: Any, device: torch.device, launcher: Any) -
     q, k, v = inputs(case, config, device)
     poison = [torch.full_like(q, math.nan) for _ in range(2)]
     del poison  # what is allocated next likely lies there
-    out, lse = Lane(q, k, v, launches, launcher, case.scale, valid)(q, k, v)
+    out, lse = Lane(q, k, v, launches, launcher, case.scale, valid, case.blocks)(q, k, v)
     pairs = allowed(case, device)
     exact, exact_lse = exactly(q, k, v, pairs, case.scale)
     plain = rounded(q, k, v, pairs, case.scale)
