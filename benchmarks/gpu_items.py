@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import math
+import os
 import statistics
 import subprocess
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -15,16 +19,21 @@ import torch
 from gnaflex.cuda_backend import gate, machine
 from gnaflex.cuda_backend.config import KernelConfig
 from gnaflex.cuda_backend.fast_path import Lane, Problem, prepared
+from gnaflex.cuda_backend.tile_walk import KV_ROWS, Q_ROWS
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 import gnaflex
 from benchmarks.measure import Row, row
-from gnaflex.trial import trial
+from gnaflex.planner import Plan
 
 ROUNDS = 9
 FLUSH_BYTES = 256 * 2**20  # more than any L2
+CALLS = 200  # whose mean is the time of a call on the host
+FLUSHES = 4  # as many as keep the GPU busy until the host has launched what is timed
+AT_ONCE = 4  # proofs
+PROOF_S = 45.0
 DEVICE = torch.device("cuda", 0)
 ARCH = "sm_90a"
 
@@ -49,6 +58,7 @@ PROBLEMS = {
     "dense 16x44x80": (Problem(gnaflex.GNA((16, 44, 80), (16, 44, 80))), 32),
 }
 HEAD_DIM = 128
+TINY = gnaflex.GNA((16, 32), (8, 16), (8, 16))  # its kernel is that of "flux 256x256"
 # Small variants for the tests; boxes as in tests/test_gpu.py
 EXTRA = (
     KernelConfig(ARCH, "bfloat16", 64, (2, 8, 8), (2, 8, 8)),
@@ -94,14 +104,15 @@ def inputs(problem: Problem, heads: int) -> list[Tensor]:
     return [make(1, n, heads, HEAD_DIM).transpose(1, 2) for n in sizes]
 
 
-def milliseconds(calls: dict[str, Callable[[], Any]], rounds: int = ROUNDS) -> dict[str, list[float]]:
+def milliseconds(calls: dict[str, Callable[[], Any]]) -> dict[str, list[float]]:
     """Of every call on the GPU, by events, the calls in turn in every round, L2 cold; two rounds first that
     do not count."""
     flush = torch.empty(FLUSH_BYTES, dtype=torch.int8, device=DEVICE)
     taken: dict[str, list[float]] = {name: [] for name in calls}
-    for turn in range(rounds + 2):
+    for turn in range(ROUNDS + 2):
         for name, call in calls.items():
-            flush.zero_()
+            for _ in range(FLUSHES):
+                flush.zero_()
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             start.record()
             call()
@@ -110,6 +121,11 @@ def milliseconds(calls: dict[str, Callable[[], Any]], rounds: int = ROUNDS) -> d
             if turn >= 2:
                 taken[name].append(start.elapsed_time(end))
     return taken
+
+
+def yes(what: str, holds: bool, note: str = "") -> Row:
+    """1 or 0: what must hold."""
+    return row(what, [float(holds)], "", 0.5, 1, note)
 
 
 def lane(problem: Problem, tensors: list[Tensor], config: KernelConfig | None = None) -> Callable[[], Any]:
@@ -149,16 +165,28 @@ def box_loads() -> Iterator[Row]:
 
 
 def proofs() -> Iterator[Row]:
-    """The trial that stands between a kernel and its users, for every variant of the suite."""
-    for config in configs():
-        if config.loads_only:
-            continue
-        start = time.perf_counter()
-        outcome, reason = trial(config, DEVICE, gate.load(config))
-        took = time.perf_counter() - start
-        yield row(
-            f"proof of {config.name}", [float(outcome == "proved")], "proved", 1, 1, f"{took:.1f} s {reason}"
+    """The trial that stands between a kernel and its users, for every variant of the suite; each in a process
+    of its own, so that one that crashes or hangs does not hide the others."""
+    those = [config for config in configs() if not config.loads_only]
+    with ThreadPoolExecutor(AT_ONCE) as pool:
+        for config, (outcome, note) in zip(those, pool.map(_tried, those), strict=True):
+            yield yes(f"proof of {config.name}", outcome == "proved", note)
+
+
+def _tried(config: KernelConfig) -> tuple[str, str]:
+    """The outcome of a trial, and how it came to it."""
+    start = time.perf_counter()
+    try:
+        done = subprocess.run(
+            gate.command(config, DEVICE), capture_output=True, text=True, errors="replace", timeout=PROOF_S
         )
+        said = json.loads(done.stdout.rstrip().rpartition("\n")[2])
+        outcome, reason = said["outcome"], said["reason"]
+    except subprocess.TimeoutExpired:
+        outcome, reason = "no answer", ""
+    except (ValueError, TypeError, KeyError):
+        outcome, reason = "no verdict", f"exit status {done.returncode}: {done.stderr.strip()[-500:]}"
+    return outcome, f"{time.perf_counter() - start:.1f} s, {outcome} {reason}".rstrip()
 
 
 def timed(name: str) -> Iterator[Row]:
@@ -175,18 +203,18 @@ def timed(name: str) -> Iterator[Row]:
         "flex": partial(_flex, problem, q, k, v),
     }
     calls, why = _able(calls)
+    for one, reason in why.items():
+        yield yes(f"{name}: {one} runs", False, reason)
     times = milliseconds(calls)
     pairs = _pairs(problem, plan)
     for one, values in times.items():
         work = 4e-9 * heads * HEAD_DIM * (pairs if one in ("cuda", "flex") else q.shape[2] * k.shape[2])
         rate = statistics.median(work / ms for ms in values)
         yield row(f"{name}: {one}", values, "ms", note=f"{rate:.0f} TFLOP/s of what it must compute")
-    for one, reason in why.items():
-        yield row(f"{name}: {one}", [math.nan], "ms", note=f"not run: {reason}")
     if "cuda" not in times:
-        return
+        raise RuntimeError(why["cuda"])
     if dense := times.get("dense cuDNN"):
-        bound = plan.q_rows * _visited(problem, plan) / (q.shape[2] * k.shape[2])
+        bound = _bound(problem, plan)
         achieved = [d * bound / ms for d, ms in zip(dense, times["cuda"], strict=True)]
         yield row(
             f"{name}: fraction of the achievable", achieved, "x", 0.85, 0.95, f"dense time x {bound:.4f}"
@@ -238,42 +266,53 @@ def _able(calls: dict[str, Callable[[], Any]]) -> tuple[dict[str, Callable[[], A
             call()
             torch.cuda.synchronize()
             able[name] = call
-        except (RuntimeError, NotImplementedError, gnaflex.GNAError) as error:
-            why[name] = str(error).splitlines()[0][:200]
+        except Exception as error:  # of compilers too, and the others are still worth their time
+            traceback.print_exc()
+            why[name] = f"{type(error).__name__}: {str(error)[:200]}"
     return able, why
 
 
-def _visited(problem: Problem, plan: Any) -> int:
-    """Keys of all query tiles of 128 rows, text included, as the kernel takes them."""
-    keys = plan.touched_tiles * math.prod(plan.kv_tile)
-    text = problem.prefix + problem.suffix + problem.extra_kv
-    tiles = plan.touched_tiles and math.prod(len(axis.start) for axis in plan.axes)
-    queries = sum(-(-n // plan.q_rows) for n in problem.texts[:2])
-    return int(keys + tiles * text + queries * (problem.spec.num_tokens + text))
+def _bound(problem: Problem, plan: Plan) -> float:
+    """Rows times keys of the tiles that the kernel visits, by those of dense tiles of 128 x 128."""
+    n = problem.spec.num_tokens + problem.prefix + problem.suffix
+    return Q_ROWS * _visited(problem, plan) / (_up(n, Q_ROWS) * _up(n + problem.extra_kv, KV_ROWS))
 
 
-def _pairs(problem: Problem, plan: Any) -> int:
+def _visited(problem: Problem, plan: Plan) -> int:
+    """Keys of all query tiles of 128 rows, as the kernel takes them: boxes, and lines of every run of text;
+    queries that are text see the grid by lines too."""
+    rows = math.prod(plan.kv_tile)
+    text = sum(_up(n, rows) for n in problem.texts)
+    queries = sum(_up(n, Q_ROWS) // Q_ROWS for n in problem.texts[:2])
+    boxes = plan.touched_tiles * rows + plan.query_tiles * text
+    return boxes + queries * (_up(problem.spec.num_tokens, rows) + text)
+
+
+def _up(n: int, step: int) -> int:
+    return -(-n // step) * step
+
+
+def _pairs(problem: Problem, plan: Plan) -> int:
     """Pairs that must be computed."""
     n, text = problem.spec.num_tokens, sum(problem.texts)
-    grid = n * math.prod(problem.spec.window)
-    return int(grid + n * text + (problem.prefix + problem.suffix) * (n + text))
+    return plan.allowed_pairs + n * text + (problem.prefix + problem.suffix) * (n + text)
 
 
 def dispatch() -> Iterator[Row]:
     """Microseconds of the host per call, the GPU idle or busy as may be, and a call in a CUDA graph."""
-    bm = gnaflex.block_mask((16, 16), 8, 8, device=DEVICE)
-    q, k, v = torch.randn(3, 1, 2, 256, HEAD_DIM, device=DEVICE, dtype=torch.bfloat16).unbind(0)
+    bm = gnaflex.block_mask(TINY, device=DEVICE)
+    q, k, v = inputs(Problem(TINY), 2)
     call = partial(gnaflex.flex_attention, q, k, v, block_mask=bm, backend="cuda")
-    grid = torch.randn(1, 16, 16, 2, HEAD_DIM, device=DEVICE, dtype=torch.bfloat16)
-    heads_last = partial(gnaflex.attention, grid, grid, grid, 8, 8, backend="cuda")
+    grid = torch.randn(1, *TINY.shape, 2, HEAD_DIM, device=DEVICE, dtype=torch.bfloat16)
+    heads_last = partial(gnaflex.attention, grid, grid, grid, TINY.window, TINY.stride, backend="cuda")
     for name, one in (("flex_attention", call), ("attention", heads_last)):
         values = []
         for _ in range(12):
             torch.cuda.synchronize()
             start = time.perf_counter()
-            for _ in range(200):
+            for _ in range(CALLS):
                 one()
-            values.append((time.perf_counter() - start) / 200 * 1e6)
+            values.append((time.perf_counter() - start) / CALLS * 1e6)
         yield row(f"host time of {name}, launch included", values[2:], "us", 20, 12)
     want = call()
     graph = torch.cuda.CUDAGraph()
@@ -282,46 +321,45 @@ def dispatch() -> Iterator[Row]:
     got.zero_()
     graph.replay()
     torch.cuda.synchronize()
-    yield row("a replayed CUDA graph gives the same", [float(torch.equal(got, want))], "equal", 1, 1)
+    yield yes("a replayed CUDA graph gives the same", torch.equal(got, want))
 
 
 def tests() -> Iterator[Row]:
-    """pytest -m gpu."""
-    words = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-n0", "-x", "tests/test_gpu.py"]
-    done = subprocess.run(words, capture_output=True, text=True)
-    last = next(iter(done.stdout.strip().splitlines()[-1:]), "")
-    yield row("GPU tests", [float(done.returncode == 0)], "passed", 1, 1, last)
-    if done.returncode:
-        raise RuntimeError(done.stdout[-1500:])
+    """pytest -m gpu; a test that was skipped counts as one that failed."""
+    words = [sys.executable, "-m", "pytest", "-o", "addopts=-rs", "-v", "--tb=short", "--maxfail=20"]
+    words += ["-m", "gpu", "tests/test_gpu.py"]
+    with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as child:
+        assert child.stdout is not None
+        last = ""
+        for last in child.stdout:  # at once, so that it is known which test hangs
+            print(last, end="", flush=True)
+    good = child.returncode == 0 and "skipped" not in last
+    yield yes("GPU tests pass", good, last.strip("= \n"))
+    if not good:
+        raise RuntimeError(f"pytest ended with {child.returncode}")
 
 
 def sanitizer() -> Iterator[Row]:
     """compute-sanitizer on the trial of the smallest variant."""
-    import json
-    from dataclasses import asdict
-
-    config = EXTRA[2]
-    words = [
-        "compute-sanitizer",
-        "--tool",
-        "memcheck",
-        "--error-exitcode",
-        "9",
-        sys.executable,
-        "-m",
-        "gnaflex.trial",
-    ]
-    done = subprocess.run([*words, json.dumps(asdict(config)), "0"], capture_output=True, text=True)
-    last = [line for line in done.stdout.splitlines() if "ERROR SUMMARY" in line]
-    yield row("memcheck finds nothing", [float(done.returncode == 0)], "clean", 1, 1, " ".join(last))
+    words = ["compute-sanitizer", "--tool", "memcheck", "--error-exitcode", "9", "--report-api-errors", "no"]
+    # every tensor an allocation of its own, whose ends memcheck knows
+    env = dict(os.environ, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
+    done = subprocess.run(
+        [*words, *gate.command(EXTRA[2], DEVICE)], capture_output=True, text=True, errors="replace", env=env
+    )
+    print(done.stdout, done.stderr)
+    said = [line for line in done.stdout.splitlines() if "ERROR SUMMARY" in line]
+    clean = done.returncode == 0 and any("ERROR SUMMARY: 0 errors" in line for line in said)
+    note = " ".join(said) or f"exit status {done.returncode}: {done.stdout[-300:]}"
+    yield yes("memcheck finds nothing", clean, note)
 
 
 ITEMS = {
     "box loads": Item(box_loads, 60),
-    "proofs": Item(proofs, 120),
+    "proofs": Item(proofs, 150),
     **{f"time {name}": Item(partial(timed, name), 120) for name in PROBLEMS},
     "dispatch": Item(dispatch, 60),
-    "tests": Item(tests, 240),
-    "sanitizer": Item(sanitizer, 120),
+    "tests": Item(tests, 360),
+    "sanitizer": Item(sanitizer, 180),
 }
 assert machine.ARCHITECTURE[9, 0] == ARCH

@@ -3,16 +3,19 @@
     python -m benchmarks.gpu_suite --prepare FOLDER        # where CuTe DSL is: link the kernels of the suite
     python -m benchmarks.gpu_suite --kernels FOLDER --budget 8m --resume      # where the GPU is
 
-Without --kernels the kernels are compiled there. Every item is a process with a time limit of its own; the
-results file is written after each, and --resume goes on where it ends.
+Both from the root of the repository, which need not be installed; without --kernels the kernels are compiled
+there. Every item is a process with a time limit of its own; the results file is written after each, and
+--resume goes on where it ends.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -24,11 +27,13 @@ from benchmarks import gpu_items
 from benchmarks.measure import Row, environment
 
 RESULTS = Path(__file__).parent / "results"
-TAIL = 2000  # characters of an item's output that are kept when it fails
+TAIL = 6000  # characters of an item's output that are kept when it fails
+DRAIN_S = 5.0  # for the rest of the output of a killed item, which a process that it detached may hold open
+MARK = "gpu_suite row: "  # before every row that an item prints; anything else may stand around
 
 
 class Outcome(NamedTuple):
-    """How an item ended: "ok", "failed", "too late" or "no time left"; its rows, and why there are none."""
+    """How an item ended: "ok", "failed", "too late" or "no time left"; its rows; why it is not "ok"."""
 
     status: str
     seconds: float
@@ -59,6 +64,9 @@ def main(words: list[str] | None = None) -> int:
     if not torch.cuda.is_available():
         print("not run: this machine has no CUDA GPU. --prepare FOLDER links the kernels for one that has.")
         return 1
+    if options.kernels and (missing := _missing(options.kernels)):
+        print(f"not run: {options.kernels} lacks {', '.join(missing)}. --prepare FOLDER links them.")
+        return 1
     return suite(options, options.only or list(gpu_items.ITEMS))
 
 
@@ -72,11 +80,11 @@ def duration(text: str) -> float:
 
 def suite(options: argparse.Namespace, names: list[str]) -> int:
     """Run items until the budget is spent; results are written after each."""
-    found = environment() | gpu_facts()
+    found = _machine() | gpu_facts()
     path = options.out / _slug(found["device"]) / "gpu_suite.json"
     known = _read(path) if options.resume else {}
     end = time.monotonic() + options.budget
-    env = dict(os.environ, GNAFLEX_PROOF="trust", PYTHONUNBUFFERED="1")
+    env = dict(os.environ, GNAFLEX_PROOF="trust", PYTHONUNBUFFERED="1")  # so that rows come at once
     if options.kernels:
         env["GNAFLEX_KERNELS"] = str(options.kernels.resolve())
     for name in names:
@@ -95,34 +103,51 @@ def suite(options: argparse.Namespace, names: list[str]) -> int:
 
 
 def run(words: list[str], left: float, limit: float, env: dict[str, str]) -> Outcome:
-    """One item as a process; its last line is a JSON list of rows."""
+    """One item as a process; the rows that it printed count however it ends."""
     if left < min(limit, 20):
         return Outcome("no time left", 0.0, [], f"it may take {limit:.0f} s")
     start = time.monotonic()
     with subprocess.Popen(
-        words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env, start_new_session=True
-    ) as child:
+        words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", env=env,
+        start_new_session=True,
+    ) as child:  # fmt: skip
         try:
             out, _ = child.communicate(timeout=left)
         except BaseException as error:  # Ctrl-C too: nothing is left running
-            os.killpg(child.pid, 9)
-            out, _ = child.communicate()
+            out = _killed(child)
             if not isinstance(error, subprocess.TimeoutExpired):
                 raise
-            return Outcome("too late", time.monotonic() - start, [], f"after {left:.0f} s: {out[-TAIL:]}")
-    took = time.monotonic() - start
-    try:
-        rows = json.loads(out.rstrip().rpartition("\n")[2])
-    except ValueError:
-        rows = None
-    if child.returncode or not isinstance(rows, list):
-        return Outcome("failed", took, [], f"exit status {child.returncode}: {out[-TAIL:]}")
+            took = time.monotonic() - start
+            return Outcome("too late", took, _rows(out), f"after {left:.0f} s: {out[-TAIL:]}")
+    took, rows = time.monotonic() - start, _rows(out)
+    if child.returncode or not rows:
+        return Outcome("failed", took, rows, f"exit status {child.returncode}: {out[-TAIL:]}")
     return Outcome("ok", took, rows)
 
 
+def _killed(child: subprocess.Popen[str]) -> str:
+    """What it had printed."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(child.pid, signal.SIGKILL)
+    try:
+        return child.communicate(timeout=DRAIN_S)[0]
+    except subprocess.TimeoutExpired as error:
+        said = error.output or ""
+        return said if isinstance(said, str) else said.decode(errors="replace")
+
+
+def _rows(out: str) -> list[dict[str, Any]]:
+    """The rows in an item's output; what is cut off, or behind them in a line, is left out."""
+    rows = []
+    for text in out.split(MARK)[1:]:
+        with contextlib.suppress(ValueError):
+            rows.append(json.JSONDecoder().raw_decode(text)[0])
+    return rows
+
+
 def _one(name: str) -> int:
-    rows = list(gpu_items.ITEMS[name].measure())
-    print(json.dumps([_row(one) for one in rows]))
+    for one in gpu_items.ITEMS[name].measure():
+        sys.stdout.write(f"\n{MARK}{json.dumps(_row(one))}\n")
     return 0
 
 
@@ -140,6 +165,20 @@ def _prepare(folder: Path) -> int:
         to_shared(get(config, to_object), path)
         print(f"{path.name}: {path.stat().st_size:,} bytes", flush=True)
     return 0
+
+
+def _machine() -> dict[str, Any]:
+    import torch
+
+    try:
+        return environment()
+    except FileNotFoundError:  # it asks git, which is not everywhere
+        return {"device": torch.cuda.get_device_name(), "torch": torch.__version__}
+
+
+def _missing(folder: Path) -> list[str]:
+    names = [f"{config.name}.so" for config in gpu_items.configs()]
+    return [name for name in names if not (folder / name).is_file()]
 
 
 def gpu_facts() -> dict[str, Any]:

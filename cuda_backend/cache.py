@@ -124,11 +124,12 @@ def _toolchain() -> str:
     sources = hashlib.sha256()
     for path in sorted(Path(__file__).parent.glob("*.py")):
         sources.update(f"{path.name} {hashlib.sha256(path.read_bytes()).hexdigest()}\n".encode())
-    packages = [_version(name) for name in ("gnaflex", "nvidia-cutlass-dsl")]
+    packages = [version_of(name) for name in ("gnaflex", "nvidia-cutlass-dsl")]
     return repr([sources.hexdigest(), *packages, *sys.version_info[:2], platform.machine()])
 
 
-def _version(package: str) -> str:
+def version_of(package: str) -> str:
+    """Of an installed package; "none" where it is not, as in a source tree."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:

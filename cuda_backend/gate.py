@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import importlib.metadata
 import json
 import logging
 import os
@@ -79,7 +78,7 @@ def _compiled(config: KernelConfig) -> bytes:
 
 def subject_of(config: KernelConfig, device: torch.device) -> proof.Subject:
     """What a proof is about."""
-    version = importlib.metadata.version("gnaflex")
+    version = cache.version_of("gnaflex")
     path = _ahead(config)
     variant = cache.key(config) if path is None else hashlib.sha256(path.read_bytes()).hexdigest()[:32]
     return proof.Subject(machine.name(device), machine.driver(), version, variant)

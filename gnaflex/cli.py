@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from gnaflex import plan_verbs
+from gnaflex import kernel_verbs, plan_verbs
 from gnaflex.spec import GNAError
 from gnaflex.words import (
     FAILED,
@@ -183,4 +183,5 @@ VERBS = (
         _source,
     ),
     *plan_verbs.VERBS,
+    *kernel_verbs.VERBS,
 )

@@ -55,7 +55,7 @@ class StandIn:
         )
         sums = at(lse, torch.float32, (batch, heads, queries), (heads * queries, queries, 1))
         work = at(work, torch.int32, (boxes, 3, rank), (3 * rank, rank, 1)).tolist()
-        prefix, suffix, extra, *columns, are_queries, rounds = texts
+        prefix, suffix, extra, *columns, are_queries, _rounds = texts
         grid = keys - prefix - suffix - extra
         first = (0, prefix + grid, prefix + grid + suffix)
 

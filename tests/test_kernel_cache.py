@@ -20,7 +20,9 @@ import warnings
 from pathlib import Path
 
 import pytest
+import torch
 from gnaflex.cuda_backend import cache as installed
+from gnaflex.cuda_backend import gate, machine
 from gnaflex.cuda_backend.config import KernelConfig
 
 from gnaflex.spec import GNAError
@@ -633,3 +635,13 @@ def test_nothing_is_written_in_place(cache, home, monkeypatch):
     monkeypatch.setattr(os, "fsync", synced)
     cache.get(CONFIG, Builder())
     assert seen == [("fsync", True), ("replace", b"damaged", True)]
+
+
+def test_a_source_tree_that_is_not_installed_has_no_version(monkeypatch):
+    def nothing(package):
+        raise importlib.metadata.PackageNotFoundError(package)
+
+    monkeypatch.setattr(importlib.metadata, "version", nothing)
+    monkeypatch.setattr(machine, "name", lambda device: "NVIDIA H200 (sm_90)")
+    config = KernelConfig("sm_90a", "bfloat16", 128, (2, 8, 8), (2, 8, 8))
+    assert gate.subject_of(config, torch.device("cuda", 0)).version == "none"
