@@ -15,6 +15,7 @@ from gnaflex.cuda_backend.fast_path import DTYPE_NAMES, Lane, Problem, layout_ob
 from torch import Tensor
 from torch.nn import Parameter
 
+from gnaflex.lanes import differentiates
 from gnaflex.planner import Plan
 from gnaflex.spec import GNA
 
@@ -47,7 +48,8 @@ def known_reasons(
     if len(set(head_dims)) > 1:
         yield f"query and value must share head_dim: got {head_dims[0]} and {head_dims[1]}"
     if not set(head_dims) <= set(HEAD_DIMS):
-        yield f"head_dim must be {' or '.join(map(str, HEAD_DIMS))}: got {head_dims[0]}"
+        found = " and ".join(str(n) for n in sorted(set(head_dims) - set(HEAD_DIMS)))
+        yield f"head_dim must be {' or '.join(map(str, HEAD_DIMS))}: got {found}"
     problem = problem_of(record)
     if isinstance(problem, str):
         yield problem
@@ -69,9 +71,13 @@ def lane(call: Call) -> Lane:
 
 def _of_tensors(call: Call) -> Iterator[str]:
     query, value = call.query, call.value
-    if not all(type(x) in (Tensor, Parameter) for x in (query, call.key, value)):
-        yield f"it reads plain tensors: the query is a {type(query).__name__}"
-        return  # it may have no memory
+    if differentiates():
+        yield "torch.func and forward-mode derivatives look inside a call"
+        return  # such tensors have no memory
+    for what, x in (("query", query), ("key", call.key), ("value", value)):
+        if type(x) not in (Tensor, Parameter):
+            yield f"it reads plain tensors: the {what} is a {type(x).__name__}"
+            return  # it may have no memory
     for what, x in (("query", query), ("key", call.key), ("value", value)):
         if reason := layout_obstacle(what, x):
             yield reason

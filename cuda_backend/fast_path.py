@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from functools import lru_cache
+from functools import cache
 from typing import NamedTuple
 
 import numpy as np
@@ -58,7 +58,7 @@ class Prepared(NamedTuple):
     items: int
 
 
-@lru_cache(maxsize=64)
+@cache  # for good: a captured CUDA graph reads these work lists as long as it lives
 def prepared(problem: Problem, device: torch.device) -> tuple[tuple[Prepared, ...], Tensor]:
     """The launches of a problem, and how many tokens its runs of extra ones have, [1, runs]."""
     plan = problem.boxes
@@ -167,8 +167,9 @@ class Lane:
         ]
 
     def __call__(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Output [batch, heads, tokens, head_dim], its dimensions in memory as the query's, and natural
-        log-sum-exp [batch, heads, tokens] float32; the tensors may be other views of the same memory."""
+        """Output [batch, heads, tokens, head_dim], heads within or around tokens in memory as the query has
+        them, and natural log-sum-exp [batch, heads, tokens] float32; the tensors may be other views of the
+        same memory."""
         out = self._empty(query)
         lse = query.new_empty(self._lse_shape, dtype=torch.float32)
         if self._sign <= 0:

@@ -22,6 +22,7 @@ from torch import Tensor
 
 log = logging.getLogger("gnaflex")
 _launchers: dict[tuple[KernelConfig, torch.device], Launcher] = {}
+_broken: dict[tuple[KernelConfig, torch.device], str] = {}  # and why
 _lock = threading.RLock()
 
 
@@ -44,17 +45,29 @@ def _opened(config: KernelConfig, device: torch.device) -> str:
         if (config, device) in _launchers:
             return ""
         subject = subject_of(config, device)
-        found = proof.recorded(subject)
+        found = proof.decided(subject)
         if found is None or found.passes:
             if why := proof.now_is_no_time():
                 return f"its kernel is not ready, and cannot be made ready now: {why}"
-            if _ahead(config) is None:
-                cache.get(config, _compiled)  # here, so that it does not count as time of the child
-            found = proof.verdict(subject, command(config, device))
-        if not found.passes:
-            return f"its kernel has not proved itself on this machine: {found.reason}"
-        _launchers[config, device] = load(config)
-        return ""
+            if (config, device) in _broken:
+                return _broken[config, device]
+            try:
+                found = _proved(config, device, subject)
+                if found.passes:
+                    _launchers[config, device] = load(config)
+                    return ""
+            except Exception as error:  # not of the call: another backend may serve it
+                why = next(iter(str(error).strip().splitlines()), type(error).__name__)
+                log.warning("gnaflex: the kernel %s could not be made ready: %s", config.name, why)
+                _broken[config, device] = f"its kernel could not be made ready: {why}"
+                return _broken[config, device]
+        return f"its kernel has not proved itself on this machine: {found.reason}"
+
+
+def _proved(config: KernelConfig, device: torch.device, subject: proof.Subject) -> proof.Verdict:
+    if _ahead(config) is None:
+        cache.get(config, _compiled)  # here, so that it does not count as time of the child
+    return proof.verdict(subject, command(config, device))
 
 
 def load(config: KernelConfig) -> Launcher:

@@ -109,16 +109,24 @@ def verdict(subject: Subject, command: Sequence[str], *, limit_s: float = 120.0)
     Raises:
         GNAError: GNAFLEX_PROOF has another value.
     """
+    found = decided(subject)
+    if found is None:
+        found = _first_use(subject, command, limit_s)
+        if found.outcome == "failed":
+            _warn_once(subject, found.reason)
+    return found
+
+
+def decided(subject: Subject) -> Verdict | None:
+    """What the environment variable or a record says, None if a check must tell; warnings and errors are
+    those of :func:`verdict`."""
     setting = os.environ.get(SWITCH, "run")
+    if setting not in ("run", "trust", "never"):
+        raise GNAError(f"{SWITCH} must be run, trust or never: got {setting!r}. Use export {SWITCH}=run.")
     if setting == "trust":
         return Verdict("trusted", f"{SWITCH}=trust")
-    if setting == "never":
-        found = Verdict("failed", f"{SWITCH}=never")
-    elif setting == "run":
-        found = recorded(subject) or _first_use(subject, command, limit_s)
-    else:
-        raise GNAError(f"{SWITCH} must be run, trust or never: got {setting!r}. Use export {SWITCH}=run.")
-    if found.outcome == "failed":
+    found = Verdict("failed", f"{SWITCH}=never") if setting == "never" else recorded(subject)
+    if found is not None and found.outcome == "failed":
         _warn_once(subject, found.reason)
     return found
 

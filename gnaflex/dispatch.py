@@ -330,8 +330,8 @@ def kernel_lane(call: Call) -> lanes.Ready:
 
 def _run_cuda(call: Call) -> Any:
     lane = kernel_lane(call)
-    if call.block_mask is not None:
-        lanes.keep(call.block_mask, lanes.signature(*call[:3], call.scale, call.enable_gqa), lane)
+    if call.block_mask is not None and runs(call, "cuda"):  # by name it may run what "auto" does not take
+        lanes.keep(call.block_mask, call[:3], call.scale, call.enable_gqa, lane)
     out, lse = lane(*call[:3])
     return out if call.aux is None else (out, AuxOutput(lse=lse))
 

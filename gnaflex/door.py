@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import types
 from collections.abc import Callable, Hashable, Sequence
 from functools import lru_cache
 from typing import Any
@@ -182,15 +181,20 @@ def attention(
     order, name, call = _order_and_backend(problem, backend, score_mod, query.device, call_in)
     if name == "flex":
         call = call._replace(block_mask=order.mask(query.device))
-    if name == "cuda" and plain and [x.data_ptr() for x in given] == [x.data_ptr() for x in _tensors(call)]:
-        lanes.keep(_grids, lanes.signature(*given, scale, form), kernel_lane(call))
+    if (
+        backend == "auto"
+        and name == "cuda"
+        and plain
+        and [x.data_ptr() for x in given] == [x.data_ptr() for x in _tensors(call)]
+    ):
+        lanes.keep(_grids, given, scale, form, kernel_lane(call))
     out = RUN[name](call)
     if aux is None:
         return order.heads_last(out, shape)
     return order.heads_last(out[0], shape), order.heads_last(out[1].lse[..., None], shape)[..., 0]
 
 
-_grids = types.SimpleNamespace()  # keeps the lanes of heads-last grids
+_grids = lanes.Owner()  # of the lanes of heads-last grids
 
 
 def _tensors(call: Call) -> tuple[Tensor, Tensor, Tensor]:
@@ -201,11 +205,9 @@ def _lane(
     owner: Any, tensors: tuple[Tensor, Tensor, Tensor], scale: float | None, form: Hashable, backend: str
 ) -> lanes.Ready | None:
     """A kernel that ran such a call before, for eager calls that may take one."""
-    if torch.compiler.is_dynamo_compiling() or backend not in ("auto", "cuda"):
+    if owner is None or torch.compiler.is_dynamo_compiling() or backend not in ("auto", "cuda"):
         return None
-    if owner is None or lanes.NAME not in owner.__dict__:
-        return None
-    return lanes.ready(owner, lanes.signature(*tensors, scale, form), *tensors)
+    return lanes.ready(owner, tensors, scale, form)
 
 
 def _order_and_backend(

@@ -1,21 +1,33 @@
 """Calls that a kernel has run before, so that the next one like it is launched within microseconds.
 
 A lane is found by everything that the checks of the door look at; what it cannot tell, as gradients or
-autocast, sends a call the long way. No torch function is traced, so lanes are for eager calls.
+autocast, sends a call the long way. Lanes are for eager calls: nothing here is traced.
 """
 
 from __future__ import annotations
 
 import contextlib
+import weakref
 from collections.abc import Callable, Hashable
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
-MOST_LANES = 256  # of a mask or problem: shapes that one process serves
-NAME = "_gnaflex_lanes"  # of the attribute of an owner
+MOST_LANES = 256  # of a mask, or of all grids: shapes that one process serves
 Ready = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+
+_of_owner: weakref.WeakKeyDictionary[Any, dict[Hashable, Ready]] = weakref.WeakKeyDictionary()
+
+
+class Owner:
+    """What keeps lanes without being a mask."""
+
+
+def differentiates() -> bool:
+    """Whether torch.func or forward-mode derivatives are under way, of which requires_grad does not tell."""
+    return forward_ad._current_level >= 0 or torch._C._functorch.peek_interpreter_stack() is not None
 
 
 def signature(query: Tensor, key: Tensor, value: Tensor, scale: float | None, form: Hashable) -> Hashable:
@@ -23,6 +35,8 @@ def signature(query: Tensor, key: Tensor, value: Tensor, scale: float | None, fo
     if torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad):
         return None
     if not type(query) is type(key) is type(value) is Tensor or torch.is_autocast_enabled(query.device.type):
+        return None
+    if differentiates() or not (scale is None or type(scale) in (float, int)):
         return None
     return (
         query.shape, query.stride(), query.dtype, query.device,
@@ -32,21 +46,29 @@ def signature(query: Tensor, key: Tensor, value: Tensor, scale: float | None, fo
     )  # fmt: skip
 
 
-def ready(owner: Any, found: Hashable, *tensors: Tensor) -> Ready | None:
-    """The lane of an owner that has some, a mask or a problem, if the tensors are aligned."""
-    lanes: dict[Hashable, Ready] = getattr(owner, NAME)
+def ready(
+    owner: Any, tensors: tuple[Tensor, Tensor, Tensor], scale: float | None, form: Hashable
+) -> Ready | None:
+    """The lane of an owner, a mask say, for such a call, if the tensors are aligned."""
+    if not _of_owner:
+        return None
     try:
-        lane = lanes.get(found)
-    except TypeError:  # windows in lists do not hash
+        lane = _of_owner.get(owner, {}).get(signature(*tensors, scale, form))
+    except (TypeError, AttributeError):  # windows in lists do not hash; no tensors, no mask
         return None
     if lane is None or any(x.data_ptr() % 16 for x in tensors):
         return None
     return lane
 
 
-def keep(owner: Any, found: Hashable, lane: Ready) -> None:
-    """Remember a lane of an owner."""
-    lanes = owner.__dict__.setdefault(NAME, {})
-    if found is not None and len(lanes) < MOST_LANES:
-        with contextlib.suppress(TypeError):
-            lanes[found] = lane
+def keep(
+    owner: Any, tensors: tuple[Tensor, Tensor, Tensor], scale: float | None, form: Hashable, lane: Ready
+) -> None:
+    """Remember a lane of an owner. A copy of the owner has none: it may be another mask."""
+    lanes, found = _of_owner.setdefault(owner, {}), signature(*tensors, scale, form)
+    if found is None:
+        return
+    if len(lanes) >= MOST_LANES:
+        del lanes[next(iter(lanes))]  # the oldest
+    with contextlib.suppress(TypeError):
+        lanes[found] = lane

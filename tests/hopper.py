@@ -8,7 +8,7 @@ import pytest
 from gnaflex.cuda_backend import gate, machine
 from stand_in import StandIn
 
-from gnaflex import door, operators
+from gnaflex import door, lanes, operators
 
 
 @pytest.fixture
@@ -22,7 +22,7 @@ def hopper(monkeypatch):
 
     def forget():  # what holds kernels that ran
         door._problem.cache_clear()
-        door._grids.__dict__.clear()
+        lanes._of_owner.clear()
         operators._mask.cache_clear()
 
     monkeypatch.setattr(machine, "obstacle", lambda device: "")
