@@ -23,6 +23,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from gnaflex.cuda_backend.gate import linked_name
+
 from benchmarks import gpu_items
 from benchmarks.measure import Row, environment
 
@@ -161,7 +163,7 @@ def _prepare(folder: Path) -> int:
 
     folder.mkdir(parents=True, exist_ok=True)
     for config in gpu_items.configs():
-        path = folder / f"{config.name}.so"
+        path = folder / linked_name(config)
         to_shared(get(config, to_object), path)
         print(f"{path.name}: {path.stat().st_size:,} bytes", flush=True)
     return 0
@@ -177,7 +179,7 @@ def _machine() -> dict[str, Any]:
 
 
 def _missing(folder: Path) -> list[str]:
-    names = [f"{config.name}.so" for config in gpu_items.configs()]
+    names = [linked_name(config) for config in gpu_items.configs()]
     return [name for name in names if not (folder / name).is_file()]
 
 

@@ -3,6 +3,13 @@
 cutlass is imported where a kernel is compiled or loaded, and only there.
 """
 
-from gnaflex.cuda_backend.detection import known_reasons, lane, nearest, problem_of, unsupported_reasons
+from gnaflex.cuda_backend.detection import (
+    known_reasons,
+    lane,
+    nearest,
+    not_ready,
+    problem_of,
+    unsupported_reasons,
+)
 
-__all__ = ["known_reasons", "lane", "nearest", "problem_of", "unsupported_reasons"]
+__all__ = ["known_reasons", "lane", "nearest", "not_ready", "problem_of", "unsupported_reasons"]

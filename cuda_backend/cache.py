@@ -25,6 +25,7 @@ from pathlib import Path
 
 from gnaflex.cuda_backend.config import KernelConfig
 
+from gnaflex import spec
 from gnaflex.spec import GNAError
 
 if sys.platform != "win32":
@@ -121,11 +122,23 @@ def get(config: KernelConfig, build: Callable[[KernelConfig], bytes]) -> bytes:
 @functools.cache
 def _toolchain() -> str:
     """What turns a variant into an object, besides the variant."""
-    sources = hashlib.sha256()
-    for path in sorted(Path(__file__).parent.glob("*.py")):
-        sources.update(f"{path.name} {hashlib.sha256(path.read_bytes()).hexdigest()}\n".encode())
     packages = [version_of(name) for name in ("gnaflex", "nvidia-cutlass-dsl")]
-    return repr([sources.hexdigest(), *packages, *sys.version_info[:2], platform.machine()])
+    return repr([sources(), *packages, *sys.version_info[:2], platform.machine()])
+
+
+@functools.cache
+def sources() -> str:
+    """A hash of the sources of the kernels, and of the trial that proves them."""
+    found = hashlib.sha256()
+    here = Path(__file__).parent
+    for path in (*sorted(here.glob("*.py")), _package() / "trial.py"):
+        found.update(f"{path.name} {hashlib.sha256(path.read_bytes()).hexdigest()}\n".encode())
+    return found.hexdigest()
+
+
+def _package() -> Path:
+    """The folder of gnaflex, which in a source tree is not the parent of this one."""
+    return Path(spec.__file__).parent
 
 
 def version_of(package: str) -> str:

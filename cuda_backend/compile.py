@@ -120,7 +120,8 @@ def to_shared(code: bytes, path: Path) -> None:
 
 
 def from_shared(path: Path, rank: int) -> Launcher:
-    """The kernel in a library of :func:`to_shared`, loaded on every GPU; torch has CUDA's runtime loaded.
+    """The kernel in a library of :func:`to_shared`, loaded on every Hopper GPU; torch has CUDA's runtime
+    loaded.
 
     Raises:
         RuntimeError: CUDA does not load it.
@@ -138,6 +139,8 @@ def from_shared(path: Path, rank: int) -> Launcher:
 
     call("cuda_init", to_handle, error)
     for number in range(torch.cuda.device_count()):
+        if torch.cuda.get_device_capability(number)[0] != 9:
+            continue  # it would not load there
         device.value = number
         call("cuda_load_to_device", to_handle, device, error)
     function = library[name.decode()]

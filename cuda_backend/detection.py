@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from gnaflex.cuda_backend import gate, machine
 from gnaflex.cuda_backend.config import HEAD_DIMS
-from gnaflex.cuda_backend.fast_path import DTYPE_NAMES, Lane, Problem, layout_obstacle, prepared
+from gnaflex.cuda_backend.fast_path import DTYPE_NAMES, Lane, Problem, is_prepared, layout_obstacle, prepared
 from torch import Tensor
 from torch.nn import Parameter
 
-from gnaflex.lanes import differentiates
+from gnaflex.lanes import looked_into
 from gnaflex.planner import Plan
 from gnaflex.spec import GNA
 
@@ -24,17 +24,22 @@ if TYPE_CHECKING:
 
 
 def unsupported_reasons(call: Call) -> Iterator[str]:
-    """Every reason why no CUTLASS kernel runs a call; none if one does. What is cheap to tell comes first."""
+    """Every reason why no CUTLASS kernel could run a call; :func:`not_ready` asks for the kernel itself. What
+    is cheap to tell comes first."""
     query, value = call.query, call.value
-    known = False
-    for reason in known_reasons(call.record, query.device, query.dtype, (query.shape[-1], value.shape[-1])):
-        known = True
-        yield reason  # at once: a call on a CPU pays for the first one only
+    yield from known_reasons(call.record, query.device, query.dtype, (query.shape[-1], value.shape[-1]))
     yield from _of_tensors(call)
     yield from _of_arguments(call)
+
+
+def not_ready(call: Call) -> Iterator[str]:
+    """Why the kernel of a call, which it could run, may not run it now. It is compiled, proved and loaded by
+    asking."""
     problem = problem_of(call.record)
-    if not known and not isinstance(problem, str):
-        yield from gate.reasons(problem, call.query)
+    assert not isinstance(problem, str)
+    yield from gate.reasons(problem, call.query)
+    if not is_prepared(problem, call.query.device) and machine.is_capturing():
+        yield "its work lists are not on the GPU yet, and a CUDA graph is being captured: call it once before"
 
 
 def known_reasons(
@@ -71,13 +76,15 @@ def lane(call: Call) -> Lane:
 
 def _of_tensors(call: Call) -> Iterator[str]:
     query, value = call.query, call.value
-    if differentiates():
-        yield "torch.func and forward-mode derivatives look inside a call"
+    if looked_into():
+        yield "torch.func, forward-mode derivatives and tracers look inside a call"
         return  # such tensors have no memory
     for what, x in (("query", query), ("key", call.key), ("value", value)):
         if type(x) not in (Tensor, Parameter):
             yield f"it reads plain tensors: the {what} is a {type(x).__name__}"
             return  # it may have no memory
+    if query.shape[1] != call.key.shape[1] and not call.enable_gqa:
+        yield f"query and key have {query.shape[1]} and {call.key.shape[1]} heads: write enable_gqa=True"
     for what, x in (("query", query), ("key", call.key), ("value", value)):
         if reason := layout_obstacle(what, x):
             yield reason

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from functools import cache
+from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import numpy as np
@@ -58,12 +58,26 @@ class Prepared(NamedTuple):
     items: int
 
 
-@cache  # for good: a captured CUDA graph reads these work lists as long as it lives
+_prepared: dict[tuple[Problem, torch.device], tuple[tuple[Prepared, ...], Tensor]] = {}
+
+
+def is_prepared(problem: Problem, device: torch.device) -> bool:
+    """Whether :func:`prepared` has nothing left to do."""
+    return (problem, device) in _prepared
+
+
 def prepared(problem: Problem, device: torch.device) -> tuple[tuple[Prepared, ...], Tensor]:
-    """The launches of a problem, and how many tokens its runs of extra ones have, [1, runs]."""
-    plan = problem.boxes
-    assert plan is not None
-    return of_plan(problem, plan, device)
+    """The launches of a problem, and how many tokens its runs of extra ones have, [1, runs].
+
+    They are kept for good, as a captured CUDA graph reads them as long as it lives; and made in a thread of
+    their own, as torch's CUDA graph trees own what is allocated in the thread that runs a compiled function.
+    """
+    if (problem, device) not in _prepared:
+        plan = problem.boxes
+        assert plan is not None
+        with ThreadPoolExecutor(1) as thread:
+            _prepared[problem, device] = thread.submit(of_plan, problem, plan, device).result()
+    return _prepared[problem, device]
 
 
 def of_plan(problem: Problem, plan: Plan, device: torch.device) -> tuple[tuple[Prepared, ...], Tensor]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import logging
 import os
@@ -58,6 +57,8 @@ def _opened(config: KernelConfig, device: torch.device) -> str:
                     return ""
             except Exception as error:  # not of the call: another backend may serve it
                 why = next(iter(str(error).strip().splitlines()), type(error).__name__)
+                if isinstance(error, torch.OutOfMemoryError):
+                    return f"its kernel could not be made ready: {why}"
                 log.warning("gnaflex: the kernel %s could not be made ready: %s", config.name, why)
                 _broken[config, device] = f"its kernel could not be made ready: {why}"
                 return _broken[config, device]
@@ -77,9 +78,14 @@ def load(config: KernelConfig) -> Launcher:
     return from_object(cache.get(config, _compiled), config.rank)
 
 
+def linked_name(config: KernelConfig) -> str:
+    """The file of a kernel that is linked ahead of time, from these sources."""
+    return f"{config.name}-{cache.sources()[:12]}.so"
+
+
 def _ahead(config: KernelConfig) -> Path | None:
     """The kernel among those linked ahead of time, for machines without CuTe DSL."""
-    path = Path(os.environ.get(machine.KERNELS, "")) / f"{config.name}.so"
+    path = Path(os.environ.get(machine.KERNELS, "")) / linked_name(config)
     return path if machine.KERNELS in os.environ and path.is_file() else None
 
 
@@ -93,7 +99,7 @@ def subject_of(config: KernelConfig, device: torch.device) -> proof.Subject:
     """What a proof is about."""
     version = cache.version_of("gnaflex")
     path = _ahead(config)
-    variant = cache.key(config) if path is None else hashlib.sha256(path.read_bytes()).hexdigest()[:32]
+    variant = cache.key(config) if path is None else path.stem[-12:] + cache.key(config)[:20]
     return proof.Subject(machine.name(device), machine.driver(), version, variant)
 
 

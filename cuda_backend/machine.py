@@ -53,6 +53,12 @@ def on(device: torch.device) -> contextlib.AbstractContextManager[object]:
 _AS_IT_IS = contextlib.nullcontext()
 
 
+def is_capturing() -> bool:
+    """Whether a CUDA graph is being captured."""
+    is_initialized = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+    return bool(is_initialized and torch.cuda.is_current_stream_capturing())
+
+
 @functools.lru_cache(maxsize=32)
 def name(device: torch.device) -> str:
     """The device as a proof records it."""

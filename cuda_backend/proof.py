@@ -17,6 +17,7 @@ import os
 import re
 import signal
 import subprocess
+import sys
 import tempfile
 import threading
 import time
@@ -233,7 +234,12 @@ def _run(command: Sequence[str], limit_s: float) -> tuple[int | None, str, str]:
     """Exit status (None: too late) and the ends of both outputs; what it started does not outlive it."""
     pipe = subprocess.PIPE
     child = subprocess.Popen(
-        command, stdin=subprocess.DEVNULL, stdout=pipe, stderr=pipe, start_new_session=True
+        command,
+        stdin=subprocess.DEVNULL,
+        stdout=pipe,
+        stderr=pipe,
+        start_new_session=True,
+        env=dict(os.environ, PYTHONPATH=os.pathsep.join(path for path in sys.path if path)),
     )
     try:
         tails = [_Tail(child.stdout), _Tail(child.stderr)]

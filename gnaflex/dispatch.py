@@ -97,11 +97,16 @@ def _listed(reasons: dict[str, list[str]]) -> str:
 
 
 def _cuda_reasons(call: Call) -> Iterator[str]:
-    from gnaflex.cuda_backend import unsupported_reasons
+    from gnaflex.cuda_backend import not_ready, unsupported_reasons
 
-    yield from unsupported_reasons(call)
-    if has_kernels(call.query.device) and (why := cheaper_masked(call.record, call.record)):
-        yield why
+    could = True
+    for reason in unsupported_reasons(call):
+        could = False
+        yield reason
+    if could:
+        if why := cheaper_masked(call.record, call.record):
+            yield why
+        yield from not_ready(call)
 
 
 def has_kernels(device: torch.device) -> bool:

@@ -165,10 +165,8 @@ def attention(
     check_heads(query, key, -2)
     known(backend)
     count = extra[0].shape[1] if extra else 0
-    try:
-        problem = _problem(count, shape[1:-2], *form)
-    except TypeError:  # lists and arrays do not hash
-        problem = _Problem(count, GNA(shape[1:-2], *form))
+    spec = GNA(shape[1:-2], *form) if not lanes.is_plain(form) else None
+    problem = _problem(count, shape[1:-2], *form) if spec is None else _Problem(count, spec)
     if score_mod is not None:
         check_score_mod(score_mod, (problem.row_major.order,), query.shape[-2])
     aux = AuxRequest(lse=True) if return_lse else None

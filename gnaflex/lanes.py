@@ -25,9 +25,26 @@ class Owner:
     """What keeps lanes without being a mask."""
 
 
-def differentiates() -> bool:
-    """Whether torch.func or forward-mode derivatives are under way, of which requires_grad does not tell."""
-    return forward_ad._current_level >= 0 or torch._C._functorch.peek_interpreter_stack() is not None
+_FAKE, _PROXY = torch._C._TorchDispatchModeKey.FAKE, torch._C._TorchDispatchModeKey.PROXY
+
+
+def looked_into() -> bool:
+    """Whether torch.func, forward-mode derivatives or a tracer follow what operators a call is made of; of
+    these, neither requires_grad nor the type of a tensor tells."""
+    mode = torch._C._get_dispatch_mode
+    return (
+        forward_ad._current_level >= 0
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or mode(_FAKE) is not None
+        or mode(_PROXY) is not None
+    )
+
+
+def is_plain(value: Any) -> bool:
+    """Whether an argument can be remembered by value: a tensor hashes by identity, and 8.0 as 8."""
+    if type(value) is tuple:
+        return all(map(is_plain, value))
+    return value is None or type(value) in (int, bool, str)
 
 
 def signature(query: Tensor, key: Tensor, value: Tensor, scale: float | None, form: Hashable) -> Hashable:
@@ -36,8 +53,10 @@ def signature(query: Tensor, key: Tensor, value: Tensor, scale: float | None, fo
         return None
     if not type(query) is type(key) is type(value) is Tensor or torch.is_autocast_enabled(query.device.type):
         return None
-    if differentiates() or not (scale is None or type(scale) in (float, int)):
+    if looked_into() or not is_plain(form):
         return None
+    if scale is not None and not (type(scale) in (float, int) and scale > 0):
+        return None  # a query whose sign is turned has strides of its own
     return (
         query.shape, query.stride(), query.dtype, query.device,
         key.shape, key.stride(), key.dtype, key.device,

@@ -365,7 +365,7 @@ MISTAKES = {  # and the case that notices
 }
 AFTER = {
     "lse in base 2": (lambda k, n: k.tensor(n, "lse").mul_(math.log2(math.e)), "clipped tiles: the log-sum"),
-    "writes NaN": (lambda k, n: k.tensor(n, "o")[0, 0, -1].fill_(math.nan), "clipped tiles: error nan"),
+    "writes NaN": (lambda k, n: k.tensor(n, "o")[0, 0, -1].fill_(math.nan), "clipped tiles: error inf"),
     "swaps two rows": (swap("o"), "clipped"),
     "a block does one item": (one_item, "clipped tiles, many a block"),
 }

@@ -73,7 +73,7 @@ LAW = {
     "fewest": {"spec", "window", "axis_tables"},
     "searching": {"spec", "window", "tiles", "planner", "axis_tables", "fewest"},
     "reasons": {"spec", "planner", "axis_tables", "nearby"},
-    "trial": {"spec", "mask", "planner"},
+    "trial": {"spec", "tiles", "mask", "planner"},
     "door": {
         *("spec", "layout", "order", "reorder", "mask", "origin", "flex"),
         *("advice", "dispatch", "checks", "lanes"),

@@ -7,9 +7,10 @@ import weakref
 
 import pytest
 import torch
-from gnaflex.cuda_backend import cache, gate, machine, proof
+from gnaflex.cuda_backend import cache, fast_path, gate, machine, proof
 from hopper import hopper  # noqa: F401
 from stand_in import StandIn
+from torch._subclasses import FakeTensorMode
 
 import gnaflex
 from gnaflex import lanes
@@ -162,3 +163,70 @@ def test_a_compiler_that_fails_is_asked_once_and_another_backend_serves(real_gat
     assert "could not be made ready: ptxas died" in caplog.text
     with pytest.raises(NotImplementedError, match="could not be made ready: ptxas died"):
         flex_attention(*given, block_mask=bm, backend="cuda")
+
+
+# ---- what lanes and kernels must leave to others -------------------------------------------------------
+
+
+@pytest.mark.parametrize("scale", [-0.3, 0, 0.3])
+def test_a_query_whose_heads_are_one(hopper, scale):  # noqa: F811
+    """Its negative is laid out anew, and not as that of the same tensor seen as [batch, heads, tokens]."""
+    grid, key = torch.randn(2, 1, 16, 16, 1, 64, dtype=torch.bfloat16).unbind(0)
+    given = [x.expand(1, 16, 16, 2, 64) for x in (grid, key, key)]
+    want = gnaflex.attention(*given, 8, 8, scale=scale, backend="reference")
+    for _ in range(3):
+        got = gnaflex.attention(*given, 8, 8, scale=scale)
+        torch.testing.assert_close(got, want, atol=0.02, rtol=0.02)
+    assert launches(hopper) == 3
+
+
+@pytest.mark.usefixtures("hopper")
+def test_windows_that_are_remembered_by_value_alone():
+    grid = torch.randn(1, 16, 16, 2, 64, dtype=torch.bfloat16)
+    gnaflex.attention(grid, grid, grid, 8, 8)
+    with pytest.raises(GNAError, match="window must be an integer"):
+        gnaflex.attention(grid, grid, grid, 8.0, 8)
+    window = torch.tensor(8)
+    first = gnaflex.attention(grid, grid, grid, window, 4)
+    assert torch.equal(gnaflex.attention(grid, grid, grid, window, 4), first)
+    window.fill_(16)
+    assert not torch.equal(gnaflex.attention(grid, grid, grid, window, 4), first)
+
+
+@pytest.mark.usefixtures("hopper")
+def test_fewer_key_heads_ask_for_enable_gqa():
+    q, k, v = torch.randn(1, 2, 256, 64).bfloat16(), *(torch.randn(1, 1, 256, 64).bfloat16() for _ in "kv")
+    with pytest.raises(NotImplementedError, match="query and key have 2 and 1 heads: write enable_gqa=True"):
+        flex_attention(q, k, v, block_mask=mask(), backend="cuda")
+
+
+def test_tracers_see_no_kernel(hopper):  # noqa: F811
+    given, bm = tensors(), mask()
+    flex_attention(*given, block_mask=bm)
+    before = launches(hopper)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        assert gnaflex.lanes.ready(bm, tuple(given), None, False) is None
+        with pytest.raises(NotImplementedError, match="tracers look inside"):
+            flex_attention(*given, block_mask=bm, backend="cuda")
+    assert launches(hopper) == before
+
+
+def test_the_cheap_reason_comes_before_a_compiler(real_gate, monkeypatch):
+    """Thin boxes: "auto" does not take them, so nothing is compiled or proved to find that out."""
+    monkeypatch.setenv("GNAFLEX_PROOF", "trust")
+    thin = gnaflex.block_mask((16, 16), 8, (2, 4), device="cpu")
+    flex_attention(*tensors(), block_mask=thin)
+    assert not real_gate
+
+
+def test_work_lists_are_not_made_while_a_graph_is_captured(hopper, monkeypatch):  # noqa: F811
+    monkeypatch.setattr(fast_path, "_prepared", {})
+    monkeypatch.setattr(machine, "is_capturing", lambda: True)
+    given, bm = tensors(), mask()
+    with pytest.raises(NotImplementedError, match="a CUDA graph is being captured: call it once before"):
+        flex_attention(*given, block_mask=bm, backend="cuda")
+    monkeypatch.setattr(machine, "is_capturing", lambda: False)
+    flex_attention(*given, block_mask=bm, backend="cuda")
+    monkeypatch.setattr(machine, "is_capturing", lambda: True)
+    assert torch.isfinite(flex_attention(*given, block_mask=mask(), backend="cuda")).all()
+    assert launches(hopper) == 2
