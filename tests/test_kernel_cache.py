@@ -644,4 +644,5 @@ def test_a_source_tree_that_is_not_installed_has_no_version(monkeypatch):
     monkeypatch.setattr(importlib.metadata, "version", nothing)
     monkeypatch.setattr(machine, "name", lambda device: "NVIDIA H200 (sm_90)")
     config = KernelConfig("sm_90a", "bfloat16", 128, (2, 8, 8), (2, 8, 8))
+    monkeypatch.setattr(installed, "_toolchain", lambda: "")  # it is remembered for the process
     assert gate.subject_of(config, torch.device("cuda", 0)).version == "none"

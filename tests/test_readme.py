@@ -68,6 +68,14 @@ def test_figures_of_joint_masks_stand_in_a_results_file():
     assert rows["graphs over ten windows, prompts and biases of one grid"] == 1
 
 
+def test_figures_of_dispatch_stand_in_a_results_file():
+    (path,) = (ROOT / "benchmarks" / "results").glob("*/dispatch_cost.json")
+    rows = {row["what"]: row["median"] for row in json.loads(path.read_text())["rows"]}
+    plain, grid = (rows[f"{name} to the launch of a kernel"] for name in ("flex_attention", "attention"))
+    said = f"takes {plain:.0f} us (`flex_attention`) or {grid:.0f} us (`attention`) until the launch"
+    assert said in README
+
+
 def test_figures_of_planning_stand_in_a_results_file():
     (path,) = (ROOT / "benchmarks" / "results").glob("*/planning.json")
     rows = {row["what"]: row for row in json.loads(path.read_text())["rows"]}
