@@ -66,6 +66,18 @@ def check_heads(query: Tensor, key: Tensor, heads_dim: int) -> None:
         )
 
 
+def check_grids(query: Tensor, key: Tensor, value: Tensor) -> None:
+    """Heads-last grids that fit together."""
+    shape = query.shape
+    if len(shape) < 4 or key.shape[:-2] != shape[:-2] or value.shape[:-1] != key.shape[:-1]:
+        raise GNAError(
+            "query, key and value must share batch and grid, key and value the heads: got "
+            f"{tuple(shape)}, {tuple(key.shape)}, {tuple(value.shape)}.\n"
+            "  The layout is [batch, *shape, heads, head_dim]."
+        )
+    check_heads(query, key, -2)
+
+
 def _check_tensors(query: Tensor, key: Tensor, value: Tensor) -> None:
     """Batches, dtypes and devices, and key and value, which kernels read side by side."""
     if key.shape[:3] != value.shape[:3] or key.shape[0] != query.shape[0]:

@@ -13,7 +13,7 @@ from torch.nn.attention.flex_attention import flex_attention as _torch_flex_atte
 
 from gnaflex import flex, lanes
 from gnaflex.advice import cheapest_layout, notes
-from gnaflex.checks import autocast, check_call, check_heads, check_score_mod, extra_pair
+from gnaflex.checks import autocast, check_call, check_grids, check_score_mod, extra_pair
 from gnaflex.dispatch import (
     AUTO,
     BACKENDS,
@@ -156,13 +156,7 @@ def attention(
         return (out, lse.transpose(1, 2).reshape(query.shape[:-1])) if return_lse else out
     query, key, value, *extra = autocast(*given, *extra_pair(key, value, extra_keys, extra_values))
     shape = query.shape
-    if len(shape) < 4 or key.shape[:-2] != shape[:-2] or value.shape[:-1] != key.shape[:-1]:
-        raise GNAError(
-            "query, key and value must share batch and grid, key and value the heads: got "
-            f"{tuple(shape)}, {tuple(key.shape)}, {tuple(value.shape)}.\n"
-            "  The layout is [batch, *shape, heads, head_dim]."
-        )
-    check_heads(query, key, -2)
+    check_grids(query, key, value)
     known(backend)
     count = extra[0].shape[1] if extra else 0
     spec = GNA(shape[1:-2], *form) if not lanes.is_plain(form) else None
@@ -331,8 +325,11 @@ def _while_compiling(call: Call, backend: str) -> Any:
     """On a GPU FlexAttention is traced into the user's graph, unless a kernel may run the call: then, as on a
     CPU, where a graph that holds anything else does not build, it becomes one opaque operator."""
     plain = call.score_mod is None and call.kernel_options is None and call.record is not None
-    on_gpu = call.query.device.type == "cuda"
-    if not plain or (on_gpu and (backend == "flex" or (backend == "auto" and not _may_take_kernel(call)))):
+    if plain and call.query.device.type == "cuda":
+        from gnaflex.operators import may_take_kernel
+
+        plain = backend != "flex" and (backend != "auto" or may_take_kernel(call))
+    if not plain:
         return traced_flex_attention(
             *call[:3],
             score_mod=call.score_mod,
@@ -358,24 +355,6 @@ def _while_compiling(call: Call, backend: str) -> Any:
         code, bool(call.query.stride(1) < call.query.stride(2)), call.scale, call.aux is not None, backend,
     )  # fmt: skip
     return (out, AuxOutput(lse=lse)) if call.aux is not None else out
-
-
-def _may_take_kernel(call: Call) -> bool:
-    """Whether nothing that is known while compiling speaks against a kernel; the operator asks the rest."""
-    from gnaflex import operators
-
-    assert call.record is not None
-    cuts = call.record.cuts
-    if cuts is not None and (cuts.where is not None or cuts.padding is not None):
-        return False
-    if call.aux is not None and call.aux.max_scores:
-        return False
-    query, key, value = call.query, call.key, call.value
-    if torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad):
-        return False
-    code: str = call.block_mask.mask_mod.gnaflex_code  # type: ignore[union-attr]
-    head_dims = query.shape[-1], value.shape[-1]
-    return bool(operators.kernel_may_run(code, str(query.device), str(query.dtype), *head_dims))
 
 
 def _attention_while_compiling(

@@ -58,6 +58,21 @@ def kernel_may_run(code: str, device: str, dtype: str, *head_dims: int) -> bool:
     return next(iter(reasons), None) is None and not cheaper_masked(record, record)
 
 
+def may_take_kernel(call: Any) -> bool:
+    """Whether nothing that is known while compiling speaks against a kernel; the operator asks the rest."""
+    cuts = call.record.cuts
+    if cuts is not None and (cuts.where is not None or cuts.padding is not None):
+        return False
+    if call.aux is not None and call.aux.max_scores:
+        return False
+    query, key, value = call.query, call.key, call.value
+    if torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad):
+        return False
+    code: str = call.block_mask.mask_mod.gnaflex_code
+    head_dims = query.shape[-1], value.shape[-1]
+    return bool(kernel_may_run(code, str(query.device), str(query.dtype), *head_dims))
+
+
 def _run(
     q: Tensor, k: Tensor, v: Tensor, text_valid: Tensor | None, padding: Tensor | None,
     code: str, scale: float | None, lse: bool, backend: str,
