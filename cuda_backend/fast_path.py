@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import numpy as np
@@ -69,14 +68,12 @@ def is_prepared(problem: Problem, device: torch.device) -> bool:
 def prepared(problem: Problem, device: torch.device) -> tuple[tuple[Prepared, ...], Tensor]:
     """The launches of a problem, and how many tokens its runs of extra ones have, [1, runs].
 
-    They are kept for good, as a captured CUDA graph reads them as long as it lives; and made in a thread of
-    their own, as torch's CUDA graph trees own what is allocated in the thread that runs a compiled function.
+    They are kept for good, as a captured CUDA graph reads them as long as it lives.
     """
     if (problem, device) not in _prepared:
         plan = problem.boxes
         assert plan is not None
-        with ThreadPoolExecutor(1) as thread:
-            _prepared[problem, device] = thread.submit(of_plan, problem, plan, device).result()
+        _prepared[problem, device] = machine.aside(device, of_plan, problem, plan, device)
     return _prepared[problem, device]
 
 

@@ -6,9 +6,13 @@ import contextlib
 import functools
 import importlib.util
 import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar
 
 import torch
 
+T = TypeVar("T")
 KERNELS = "GNAFLEX_KERNELS"  # names a folder of kernels that were linked ahead of time
 ARCHITECTURE = {(9, 0): "sm_90a"}  # by compute capability
 
@@ -51,6 +55,16 @@ def on(device: torch.device) -> contextlib.AbstractContextManager[object]:
 
 
 _AS_IT_IS = contextlib.nullcontext()
+
+
+def aside(device: torch.device, make: Callable[..., T], *given: Any) -> T:
+    """``make(*given)`` in a thread of its own, the device having finished it: what it allocates may be kept.
+    torch's CUDA graph trees own what is allocated in the thread that runs a compiled function."""
+    with ThreadPoolExecutor(1) as thread:
+        made = thread.submit(make, *given).result()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)  # that thread has another stream
+    return made
 
 
 def is_capturing() -> bool:

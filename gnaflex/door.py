@@ -241,7 +241,9 @@ class _Route:
         """The mask, compiled once per device."""
         bm = self._masks.get(device)
         if bm is None:
-            bm = self._masks[device] = flex.compile_mask(self.record, device)
+            from gnaflex.cuda_backend.machine import aside
+
+            bm = self._masks[device] = aside(device, flex.compile_mask, self.record, device)
         return bm
 
     def heads_first(self, query: Tensor, key: Tensor, value: Tensor, *extra: Tensor) -> list[Tensor]:

@@ -7,7 +7,6 @@ recomputes the forward with gradients, by the backend that "auto" takes for trai
 from __future__ import annotations
 
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from typing import Any
 
@@ -40,9 +39,10 @@ def _mask(code: str, device: torch.device, has_text_valid: bool, has_padding: bo
         zeros = (torch.zeros(1, n, dtype=torch.int32, device=device) if n else None for n in lengths)
         text_valid, padding = zeros
         record = record.with_cuts(Cuts(text_valid, padding))
-    # torch's CUDA graph trees own what is allocated in the thread that runs a compiled function
-    with ThreadPoolExecutor(1) as thread:
-        return thread.submit(flex.compile_mask, record, device).result()
+    from gnaflex.cuda_backend.machine import aside
+
+    bm: BlockMask = aside(device, flex.compile_mask, record, device)
+    return bm
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]

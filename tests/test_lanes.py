@@ -11,9 +11,12 @@ from gnaflex.cuda_backend import cache, fast_path, gate, machine, proof
 from hopper import hopper  # noqa: F401
 from stand_in import StandIn
 from torch._subclasses import FakeTensorMode
+from torch.nn.attention.flex_attention import AuxRequest
 
 import gnaflex
-from gnaflex import lanes
+from gnaflex import lanes, operators
+from gnaflex.dispatch import Call
+from gnaflex.origin import record_of
 from gnaflex.spec import GNAError
 
 opened = gate._opened  # the fixture replaces it
@@ -230,3 +233,23 @@ def test_work_lists_are_not_made_while_a_graph_is_captured(hopper, monkeypatch):
     monkeypatch.setattr(machine, "is_capturing", lambda: True)
     assert torch.isfinite(flex_attention(*given, block_mask=mask(), backend="cuda")).all()
     assert launches(hopper) == 2
+
+
+def test_what_is_asked_while_compiling_for_a_gpu(hopper):  # noqa: F811
+    """On a GPU a compiled function asks before it traces FlexAttention into its graph."""
+    (q, k, v), bm = tensors(), mask()
+
+    def asked(q, k, v, bm, **changes):
+        call = Call(q, k, v, None, bm, record_of(bm), None, False, None, None)._replace(**changes)
+        return operators.may_take_kernel(call)
+
+    compiled = torch.compile(lambda q, k, v, bm: q + asked(q, k, v, bm), fullgraph=True)
+    assert torch.equal(compiled(q, k, v, bm), q + 1)
+    assert asked(q, k, v, bm)
+    assert not asked(q.clone().requires_grad_(), k, v, bm)
+    assert not asked(q, k, v, bm, aux=AuxRequest(max_scores=True))
+    assert not asked(q.float(), k.float(), v.float(), bm)
+    assert not asked(q, k, v, mask(padding=torch.tensor([[9, 9]])))
+    assert not asked(q, k, v, gnaflex.block_mask((16, 16), 8, 1, device="cpu"))
+    assert not asked(q, k, v, gnaflex.block_mask((16, 16), 8, (2, 4), device="cpu"))
+    assert not hopper  # nothing was compiled or proved to know
