@@ -32,12 +32,21 @@ def compiled(config: KernelConfig, *options: Any) -> Any:
     if why := obstacles(config):
         raise GNAError("no kernel can be compiled for this: " + "; ".join(why) + ".")
     cute = _cutlass().cute
-    from gnaflex.cuda_backend.sm90_attend import Attend
-    from gnaflex.cuda_backend.sm90_loads import Loads
-
-    kernel = (Loads if config.loads_only else Attend)(config)
+    kernel = kernel_class(config)(config)
     with_arch = (cute.GPUArch(config.arch), *options)
     return cute.compile[with_arch](kernel.launch, *_arguments(config, kernel.dtype))
+
+
+def kernel_class(config: KernelConfig) -> Any:
+    """What is compiled for a variant."""
+    if config.arch == "sm_90a":
+        from gnaflex.cuda_backend.sm90_attend import Attend
+        from gnaflex.cuda_backend.sm90_loads import Loads
+
+        return Loads if config.loads_only else Attend
+    from gnaflex.cuda_backend.sm100_attend import Attend100
+
+    return Attend100
 
 
 def _cutlass() -> Any:

@@ -11,10 +11,11 @@ from gnaflex.tiles import Tile
 
 DTYPES = ("bfloat16", "float16")
 HEAD_DIMS = (64, 128)
-ARCHITECTURES = ("sm_90a",)
+ARCHITECTURES = ("sm_90a", "sm_100a")
 SHARED_MEMORY = 232_448  # bytes of a block, 227 KiB: CUDA C++ Programming Guide, compute capability 9.0
 MOST_STAGES = 4
 BARRIER_BYTES = 1024
+NOTE_BYTES = 2048  # Blackwell: what softmax tells the correction, two numbers per row of two halves
 MOST_EXTENT = 256  # of a TMA box, per axis
 MOST_AXES = 3  # a tensor map has five modes; channels and heads take two
 
@@ -62,10 +63,13 @@ class KernelConfig:
 
     @property
     def stages(self) -> int:
-        """Key tiles, and value tiles, in flight: as many as fit beside the queries and the output."""
-        row = 2 * self.head_dim
-        room = SHARED_MEMORY - BARRIER_BYTES - 2 * Q_ROWS * row
-        return int(min(room // (2 * self.kv_rows * row), MOST_STAGES))
+        """How much is in flight, as much as fits beside the queries and the output: key tiles and as many
+        value tiles (Hopper), or tiles of either (Blackwell)."""
+        row, tile = 2 * self.head_dim, 2 * self.head_dim * self.kv_rows
+        room = SHARED_MEMORY - BARRIER_BYTES
+        if self.arch == "sm_90a":
+            return int(min((room - 2 * Q_ROWS * row) // (2 * tile), MOST_STAGES))
+        return int(min((room - NOTE_BYTES - 3 * Q_ROWS * row) // tile, 2 * MOST_STAGES))
 
 
 def obstacles(config: KernelConfig) -> list[str]:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import AuxOutput, AuxRequest, BlockMask
 
-from gnaflex import compiled, gather, lanes, reference
+from gnaflex import compiled, flash, gather, lanes, reference
 from gnaflex.cuts import Cuts
 from gnaflex.flex import FULL_WIDTH_BYTES, listed_blocks
 from gnaflex.mask import MaskRecord, ScoreMod, conditions_of
@@ -20,8 +20,8 @@ from gnaflex.order import order_of
 from gnaflex.spec import GNA, GNAError
 from gnaflex.tables import MaskMod
 
-BACKENDS = ("cuda", "flex", "sdpa", "reference")
-AUTO = ("cuda", "flex", "sdpa")  # what "auto" tries, in this order
+BACKENDS = ("cuda", "flash", "flex", "sdpa", "reference")
+AUTO = ("cuda", "flash", "flex", "sdpa")  # what "auto" tries, in this order
 FLEX_RATE = (
     0.6  # of FlexAttention's generated kernels, by that of a CUTLASS kernel on Hopper; assumed, no GPU yet
 )
@@ -145,6 +145,11 @@ def _comparison(record: MaskRecord, boxes: Any) -> str:
     )
 
 
+def _flash_reasons(call: Call) -> Iterator[str]:
+    yield from flash.unsupported_reasons(call)
+    yield from (f"{_AUTO_ONLY}{why}" for why in flash.cautions(call))
+
+
 def _flex_reasons(call: Call) -> Iterator[str]:
     kind = call.query.device.type
     if kind in ("cpu", "mps"):
@@ -206,6 +211,7 @@ def _reference_reasons(call: Call) -> Iterator[str]:
 
 _REASONS: dict[str, Callable[[Call], Iterator[str]]] = {
     "cuda": _cuda_reasons,
+    "flash": _flash_reasons,
     "flex": _flex_reasons,
     "sdpa": _sdpa_reasons,
     "reference": _reference_reasons,
@@ -230,6 +236,22 @@ class Explanation:
 # ---- running -----------------------------------------------------------------------------------------
 
 
+def run(call: Call, backend: str) -> Any:
+    """Run a call by the backend that takes it."""
+    name = choose(call, backend)
+    try:
+        return RUN[name](call)
+    except Exception as error:
+        if not goes_on(call, name, backend, error):
+            raise
+    return run(call, backend)
+
+
+def goes_on(call: Call, name: str, backend: str, error: Exception) -> bool:
+    """Whether "auto" goes on without a backend that failed: FLASH, which only trying shows to compile."""
+    return (backend, name) == ("auto", "flash") and flash.gave_up(call, error)
+
+
 def _run_flex(call: Call) -> Any:
     tensors = call.query, call.key, call.value
     if call.query.device.type != "cuda" and call.needs_grad:  # grad mode is off, yet torch would refuse
@@ -240,6 +262,13 @@ def _run_flex(call: Call) -> Any:
         tensors = query, key, value.clone() if value is query or value is tensors[1] else value
     return compiled.flex_attention(
         *tensors, call.score_mod, call.block_mask, call.scale, call.enable_gqa, call.kernel_options, call.aux
+    )
+
+
+def _run_flash(call: Call) -> Any:
+    options = {**(call.kernel_options or {}), **flash.OPTION}
+    return compiled.flex_attention(
+        *call[:3], call.score_mod, call.block_mask, call.scale, call.enable_gqa, options, call.aux
     )
 
 
@@ -343,6 +372,7 @@ def _run_cuda(call: Call) -> Any:
 
 RUN: dict[str, Callable[[Call], Any]] = {
     "cuda": _run_cuda,
+    "flash": _run_flash,
     "flex": _run_flex,
     "sdpa": _run_sdpa,
     "reference": _run_reference,

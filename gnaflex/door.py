@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Hashable, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -11,29 +11,23 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import AuxOutput, AuxRequest, BlockMask
 from torch.nn.attention.flex_attention import flex_attention as _torch_flex_attention
 
-from gnaflex import flex, lanes
-from gnaflex.advice import cheapest_layout, notes
+from gnaflex import flash, lanes
+from gnaflex.advice import notes
 from gnaflex.checks import autocast, check_call, check_grids, check_score_mod, extra_pair
 from gnaflex.dispatch import (
     AUTO,
     BACKENDS,
-    RUN,
     Call,
     Explanation,
-    cheaper_masked,
-    choose,
-    has_kernels,
     kernel_advice,
     kernel_lane,
     known,
     reasons_against,
-    runs,
+    run,
 )
-from gnaflex.layout import Layout
-from gnaflex.mask import MaskRecord, ScoreMod, choose_form
-from gnaflex.order import Document, Order
+from gnaflex.mask import ScoreMod
 from gnaflex.origin import record_of
-from gnaflex.reorder import from_order, to_order
+from gnaflex.routes import Problem, Route, attended
 from gnaflex.spec import GNA, GNAError
 
 traced_flex_attention: Any = _torch_flex_attention  # its overloads know no optional arguments
@@ -62,9 +56,10 @@ def flex_attention(
             the mask; nothing is permuted.
         score_mod, block_mask, scale, enable_gqa, return_lse, kernel_options, return_aux: as in torch. Indices
             that a score_mod sees count in the order of the mask.
-        backend: "auto", or one of "cuda", "flex" (FlexAttention, compiled standalone), "sdpa" (the key box of
-            every query tile gathered, then scaled_dot_product_attention) and "reference" (dense, float64).
-            One asked for by name never falls back.
+        backend: "auto", or one of "cuda", "flash" (FlexAttention's FLASH backend: flash-attn-4), "flex"
+            (FlexAttention, compiled standalone), "sdpa" (the key box of every query tile gathered, then
+            scaled_dot_product_attention) and "reference" (dense, float64). One asked for by name never falls
+            back.
 
     Returns:
         The output in the dtype of the query (under autocast: the autocast dtype, as with SDPA); with
@@ -92,10 +87,7 @@ def flex_attention(
     record = None if block_mask is None else record_of(block_mask)
     call = Call(query, key, value, score_mod, block_mask, record, scale, enable_gqa, kernel_options, aux)
     check_call(call)
-    if torch.compiler.is_dynamo_compiling():
-        out = _while_compiling(call, backend)
-    else:
-        out = RUN[choose(call, backend)](call)
+    out = _while_compiling(call, backend) if torch.compiler.is_dynamo_compiling() else run(call, backend)
     if return_lse:
         return out[0], out[1].lse
     return out
@@ -160,19 +152,17 @@ def attention(
     known(backend)
     count = extra[0].shape[1] if extra else 0
     spec = GNA(shape[1:-2], *form) if not lanes.is_plain(form) else None
-    problem = _problem(count, shape[1:-2], *form) if spec is None else _Problem(count, spec)
+    problem = _problem(count, shape[1:-2], *form) if spec is None else Problem(count, spec)
     if score_mod is not None:
         check_score_mod(score_mod, (problem.row_major.order,), query.shape[-2])
     aux = AuxRequest(lse=True) if return_lse else None
 
-    def call_in(order: _Route) -> Call:
+    def call_in(order: Route) -> Call:
         q, k, v = order.heads_first(query, key, value, *extra)
         gqa = query.shape[-2] != key.shape[-2]
         return Call(q, k, v, score_mod, None, order.record, scale, gqa, None, aux)
 
-    order, name, call = _order_and_backend(problem, backend, score_mod, query.device, call_in)
-    if name == "flex":
-        call = call._replace(block_mask=order.mask(query.device))
+    order, name, call, out = attended(problem, backend, score_mod, query.device, call_in)
     if (
         backend == "auto"
         and name == "cuda"
@@ -180,7 +170,6 @@ def attention(
         and [x.data_ptr() for x in given] == [x.data_ptr() for x in _tensors(call)]
     ):
         lanes.keep(_grids, given, scale, form, kernel_lane(call))
-    out = RUN[name](call)
     if aux is None:
         return order.heads_last(out, shape)
     return order.heads_last(out[0], shape), order.heads_last(out[1].lse[..., None], shape)[..., 0]
@@ -202,82 +191,11 @@ def _lane(
     return lanes.ready(owner, tensors, scale, form)
 
 
-def _order_and_backend(
-    problem: _Problem,
-    backend: str,
-    score_mod: ScoreMod | None,
-    device: torch.device,
-    call_in: Callable[[_Route], Call],
-) -> tuple[_Route, str, Call]:
-    """The token order of a call on heads-last grids, the backend that runs it there, and the call."""
-    row_major, cheapest = problem.row_major, problem.cheapest
-    if backend == "auto" and cheapest is not row_major and has_kernels(device):
-        call = call_in(row_major)  # a kernel reads tokens as they lie
-        if runs(call, "cuda") and not cheaper_masked(row_major.record, cheapest.record):
-            return row_major, "cuda", call
-    takes_tiles = score_mod is None and backend in ("auto", "flex")
-    order = cheapest if takes_tiles else row_major
-    call = call_in(order)
-    name = choose(call, backend)
-    if name != "flex" and order is not row_major:
-        order = row_major
-        call = call_in(order)
-    return order, name, call
-
-
-# ---- what a call needs -------------------------------------------------------------------------------
-
-
-class _Route:
-    """A token order of a problem on heads-last grids, with its masks per device."""
-
-    def __init__(self, layout: Layout, extra_kv: int) -> None:
-        block = (flex.DEFAULT_BLOCK, flex.DEFAULT_BLOCK)
-        self.order = Order((Document(layout, extra_kv=extra_kv),))
-        self.record = MaskRecord((self.order,), choose_form((self.order,), "auto"), block)
-        self._masks: dict[torch.device, BlockMask] = {}
-
-    def mask(self, device: torch.device) -> BlockMask:
-        """The mask, compiled once per device."""
-        bm = self._masks.get(device)
-        if bm is None:
-            from gnaflex.cuda_backend.machine import aside
-
-            bm = self._masks[device] = aside(device, flex.compile_mask, self.record, device)
-        return bm
-
-    def heads_first(self, query: Tensor, key: Tensor, value: Tensor, *extra: Tensor) -> list[Tensor]:
-        """[batch, *shape, heads, d] to [batch, heads, tokens, d] in this order, extra keys and values behind
-        the others; views if row-major without extra ones."""
-        flat = [x.flatten(1, -3) for x in (query, key, value)]
-        for at, more in enumerate(extra, start=1):
-            flat[at] = torch.cat([flat[at], more], 1)
-        if self.order.is_tiled:
-            flat = [to_order(x, self.order, 1) for x in flat]
-        return [x.transpose(1, 2) for x in flat]
-
-    def heads_last(self, x: Tensor, shape: torch.Size) -> Tensor:
-        """The inverse of :meth:`heads_first` for an output, to the grid of ``shape``."""
-        x = x.transpose(1, 2)
-        if self.order.is_tiled:
-            x = from_order(x, self.order, 1)
-        return x.reshape(shape[:-1] + x.shape[-1:])
-
-
-class _Problem:
-    """A problem with the token order that costs least, and the row-major one."""
-
-    def __init__(self, extra_kv: int, spec: GNA) -> None:
-        self.row_major = _Route(Layout(spec), extra_kv)
-        layout = cheapest_layout(spec)
-        self.cheapest = self.row_major if layout.q_tile is None else _Route(layout, extra_kv)
-
-
 @lru_cache(maxsize=64)
 def _problem(
     extra_kv: int, shape: tuple[int, ...], window: Any, stride: Any, dilation: Any, is_causal: Any
-) -> _Problem:
-    return _Problem(extra_kv, GNA(shape, window, stride, dilation, is_causal))
+) -> Problem:
+    return Problem(extra_kv, GNA(shape, window, stride, dilation, is_causal))
 
 
 def explain(
@@ -332,13 +250,14 @@ def _while_compiling(call: Call, backend: str) -> Any:
 
         plain = backend != "flex" and (backend != "auto" or may_take_kernel(call))
     if not plain:
+        options = flash.options_of(call) if backend == "flash" else call.kernel_options
         return traced_flex_attention(
             *call[:3],
             score_mod=call.score_mod,
             block_mask=call.block_mask,
             scale=call.scale,
             enable_gqa=call.enable_gqa,
-            kernel_options=call.kernel_options,
+            kernel_options=options,
             return_aux=call.aux,
         )
     assert call.record is not None

@@ -58,10 +58,20 @@ def kernel_may_run(code: str, device: str, dtype: str, *head_dims: int) -> bool:
     return next(iter(reasons), None) is None and not cheaper_masked(record, record)
 
 
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def flash_may_run(code: str, device: str, dtype: str, *head_dims: int) -> bool:
+    """The same for FlexAttention's FLASH backend, where "auto" may take that."""
+    from gnaflex import flash
+
+    at, kind = torch.device(device), getattr(torch, dtype.removeprefix("torch."))
+    return flash.leads(at) and next(flash.known_reasons(decoded(code), at, kind, head_dims), None) is None
+
+
 def may_take_kernel(call: Any) -> bool:
-    """Whether nothing that is known while compiling speaks against a kernel; the operator asks the rest."""
+    """Whether nothing that is known while compiling speaks against a kernel, ours or FLASH; the operator asks
+    the rest."""
     cuts = call.record.cuts
-    if cuts is not None and (cuts.where is not None or cuts.padding is not None):
+    if cuts is not None and cuts.where is not None:
         return False
     if call.aux is not None and call.aux.max_scores:
         return False
@@ -69,8 +79,9 @@ def may_take_kernel(call: Any) -> bool:
     if torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad):
         return False
     code: str = call.block_mask.mask_mod.gnaflex_code
-    head_dims = query.shape[-1], value.shape[-1]
-    return bool(kernel_may_run(code, str(query.device), str(query.dtype), *head_dims))
+    constants = code, str(query.device), str(query.dtype), query.shape[-1], value.shape[-1]
+    ours = cuts is None or cuts.padding is None
+    return (ours and bool(kernel_may_run(*constants))) or bool(flash_may_run(*constants))
 
 
 def _run(

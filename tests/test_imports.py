@@ -42,7 +42,11 @@ LAW = {
     "gather": {"spec", "order", "tables", "mask", "gather_tiles"},
     "compiled": set(),
     "lanes": set(),
+    "flash": {
+        *("spec", "tiles", "planner", "layout", "order", "forms", "mask", "flex", "advice", "compiled"),
+    },
     "dispatch": {
+        "flash",
         "lanes",
         "spec",
         "order",
@@ -74,9 +78,11 @@ LAW = {
     "searching": {"spec", "window", "tiles", "planner", "axis_tables", "fewest"},
     "reasons": {"spec", "planner", "axis_tables", "nearby"},
     "trial": {"spec", "tiles", "mask", "planner"},
+    "routes": {
+        *("spec", "layout", "order", "reorder", "mask", "flex", "advice", "flash", "dispatch"),
+    },
     "door": {
-        *("spec", "layout", "order", "reorder", "mask", "origin", "flex"),
-        *("advice", "dispatch", "checks", "lanes"),
+        *("spec", "mask", "origin", "advice", "flash", "dispatch", "checks", "lanes", "routes"),
     },
 }
 NO_TORCH = {"spec", "window", "tiles", "layout", "order", "blocks", "row_blocks", "tile_blocks"}
