@@ -204,7 +204,8 @@ class Attend:
 
     def init_barriers(self) -> None:
         """By one thread, all of them."""
-        for name, barrier in self.BARRIERS.items():
+        for name in self.offsets:
+            barrier = self.BARRIERS[name]
             for place in range(self.places(barrier.places) * (len(HALVES) if barrier.halves else 1)):
                 cute.arch.mbarrier_init(self.bars + self.offsets[name] + place, barrier.arrivals)
 

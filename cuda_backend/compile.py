@@ -32,21 +32,24 @@ def compiled(config: KernelConfig, *options: Any) -> Any:
     if why := obstacles(config):
         raise GNAError("no kernel can be compiled for this: " + "; ".join(why) + ".")
     cute = _cutlass().cute
-    kernel = kernel_class(config)(config)
+    kernel = kernel_of(config)
     with_arch = (cute.GPUArch(config.arch), *options)
     return cute.compile[with_arch](kernel.launch, *_arguments(config, kernel.dtype))
 
 
-def kernel_class(config: KernelConfig) -> Any:
-    """What is compiled for a variant."""
-    if config.arch == "sm_90a":
-        from gnaflex.cuda_backend.sm90_attend import Attend
-        from gnaflex.cuda_backend.sm90_loads import Loads
+def kernel_of(config: KernelConfig) -> Any:
+    """What is compiled for a variant: its ``launch``."""
+    if config.loads_only:
+        from gnaflex.cuda_backend.loads import loads_only
 
-        return Loads if config.loads_only else Attend
+        return loads_only(config)
+    if config.arch == "sm_90a":
+        from gnaflex.cuda_backend.sm90_attend import Attend90
+
+        return Attend90(config)
     from gnaflex.cuda_backend.sm100_attend import Attend100
 
-    return Attend100
+    return Attend100(config)
 
 
 def _cutlass() -> Any:

@@ -18,6 +18,7 @@ from typing import Any
 
 from gnaflex.cuda_backend import protocol
 from gnaflex.cuda_backend.protocol import HALVES, Action, Barrier, Buffer
+from gnaflex.cuda_backend.protocol import loop as range
 
 GROUP = 128  # threads of a warp group
 
@@ -71,12 +72,12 @@ class Roles:
     def load(self: Any) -> None:
         """Every tile of every pair, in the order in which ``multiply`` takes them."""
         n = self.number(0)
-        for turn in range(self.turns()):
+        for turn in range(self.turns(), unroll=1):
             pair = self.pair(turn)
             for h in HALVES:
                 self.wait("q_empty", turn, h)
                 self.bring_queries(pair, h=h, q=turn)
-            for j in range(pair.tiles):
+            for j in range(pair.tiles, unroll=1):
                 self.wait("kv_empty", n)
                 self.bring_keys(pair, j, kv=n)
                 self.wait("kv_empty", n + 1)
@@ -89,7 +90,7 @@ class Roles:
         the other half weighs. A tile's V lies behind its K in the ring, then K of the next tile."""
         n = self.number(0)
         before = self.numbers(0, 0)  # tiles that the halves have seen in earlier pairs
-        for turn in range(self.turns()):
+        for turn in range(self.turns(), unroll=1):
             pair = self.pair(turn)
             for h in HALVES:
                 self.wait("q_full", turn, h)
@@ -99,7 +100,7 @@ class Roles:
                     self.scores(h=h, q=turn, kv=n, s=before[h])
                     self.commit("s_full", before[h], h)
             self.release_keys(pair, self.number(0), n, turn)
-            for j in range(pair.tiles):
+            for j in range(pair.tiles, unroll=1):
                 self.wait("kv_full", n + 1)
                 if j + 1 < pair.tiles:
                     self.wait("kv_full", n + 2)
@@ -136,10 +137,10 @@ class Roles:
     def weigh(self: Any, h: Any) -> None:
         """A note for every tile, whose number is therefore that of the tile and one more per pair."""
         s = self.number(0)
-        for turn in range(self.turns()):
+        for turn in range(self.turns(), unroll=1):
             item = self.half(turn, h)
             self.start()
-            for i in range(item.tiles):
+            for i in range(item.tiles, unroll=1):
                 self.wait("s_full", s, h)
                 self.read_scores(item, i, h=h, s=s)
                 self.wait("note_empty", s + turn, h)
@@ -158,9 +159,9 @@ class Roles:
         """O of a half is not touched while P V is added to it: its scores of the next tile come after."""
         before = self.numbers(0, 0)
         outs = self.number(0)
-        for turn in range(self.turns()):
+        for turn in range(self.turns(), unroll=1):
             pair = self.pair(turn)
-            for j in range(pair.tiles):
+            for j in range(pair.tiles, unroll=1):
                 for h in HALVES:
                     if self.sees(pair, h, j):
                         i = self.tile_of(pair, h, j)
@@ -187,7 +188,7 @@ class Roles:
     def store(self: Any) -> None:
         """Output from shared memory; the place is free once the TMA unit has read it."""
         outs = self.number(0)
-        for turn in range(self.turns()):
+        for turn in range(self.turns(), unroll=1):
             pair = self.pair(turn)
             for h in HALVES:
                 if pair.present[h] == 1:

@@ -23,11 +23,12 @@ from gnaflex import compiled, dispatch, door, flash, operators
 from gnaflex.forms import reason_against
 from gnaflex.reference import dense_mask, reference_attention
 from gnaflex.spec import GNA
+from gnaflex.tiles import padded_tokens
 
 DEVICE = torch.device("cuda", 0)
 SPEC = GNA((8, 40), (3, 9))  # row-major, intervals
-TILED = GNA((16, 32, 16), (8, 16, 8), (4, 8, 8))
-DILATED = GNA((40, 48), (5, 6), dilation=(4, 8))
+TILED = GNA((8, 16, 16), (4, 8, 8), (4, 8, 8))
+DILATED = GNA((32, 32), (5, 6), dilation=(2, 2))
 CAUSAL = GNA((4, 9, 16), (2, 5, 16), is_causal=(True, True, False))
 LONG = GNA((600,), (64,), (32,))
 INSTALL = "flash-attn-4 is not installed: pip install --pre flash-attn-4"
@@ -92,7 +93,8 @@ def fields(spec):
 
 def assert_within_budget(got, q, k, v, **problem):
     """Error against float64 at most twice that of the plain computation in the same dtype."""
-    exact = reference_attention(*(x.double().cpu() for x in (q, k, v)), **problem)
+    exactly = {name: x.double() if name.startswith("extra") else x for name, x in problem.items()}
+    exact = reference_attention(*(x.double().cpu() for x in (q, k, v)), **exactly)
     plain = reference_attention(*(x.cpu() for x in (q, k, v)), **problem, compute_dtype=q.dtype)
     budget = 2 * (plain.double() - exact).abs().max() + 2 * torch.finfo(q.dtype).eps * exact.abs().max()
     assert (got.cpu().double() - exact).abs().max() <= budget
@@ -397,9 +399,9 @@ def test_inside_a_compiled_function_a_name_never_falls_back(monkeypatch):
     bm = mask()
     given = tensors(bm)
     with pytest.raises(Exception, match="needs an NVIDIA GPU"):
-        torch.compile(gnaflex.flex_attention)(*given, plain, bm, backend="flash")
+        torch.compile(gnaflex.flex_attention, fullgraph=True)(*given, plain, bm, backend="flash")
     with pytest.raises(Exception, match="needs an NVIDIA GPU"):
-        torch.compile(gnaflex.flex_attention)(*given, block_mask=bm, backend="flash")
+        torch.compile(gnaflex.flex_attention, fullgraph=True)(*given, block_mask=bm, backend="flash")
     call = dispatch.Call(*given, plain, bm, None, None, False, {"BLOCK_M": 1}, None)
     on_gpu = call._replace(query=torch.empty(0).to("meta"))
     monkeypatch.setattr(torch.Tensor, "device", DEVICE)
@@ -474,9 +476,10 @@ def test_masks_are_the_definition():
     """Every order, form and block size that FLASH gets: causal axes, dilation, ragged grids."""
     rng, seen = random.Random(0), set()
     for rank in (1, 2, 3) * 25:
-        spec, rows = random_spec(rng, rank, 900), rng.choice((flash.HOPPER, flash.BLACKWELL))
+        spec, rows = random_spec(rng, rank, 700), rng.choice((flash.HOPPER, flash.BLACKWELL))
         _, q_tile, kv_tile = flash.best_tiles(spec, rows)
-        for tiles in ({}, {"q_tile": q_tile, "kv_tile": kv_tile}):
+        orders = [{}, {"q_tile": q_tile, "kv_tile": kv_tile}]
+        for tiles in orders[: 1 + (padded_tokens(spec, q_tile) < 3000)]:  # many dilation groups: all padding
             block_size = None if tiles else (rows, 128)
             bm = mask(spec, block_size, "table", **tiles)
             order = bm.mask_mod.gnaflex.order
@@ -559,3 +562,107 @@ def test_torch_packs_the_intervals(lowered):
             assert "q_idx[0]" in one.render_upper()
             assert "kv_idx[0]" in one.render_lower()
     assert lowered(mask(SPEC, form="table")) is None
+
+
+# ---- what every backend must do, on a GPU that FLASH serves ------------------------------------------
+
+
+@pytest.fixture
+def gpu():
+    if not torch.cuda.is_available():
+        pytest.skip("torch sees no CUDA GPU")
+    if why := flash.obstacle(DEVICE):
+        pytest.skip(why)
+    door._problem.cache_clear()
+    torch._dynamo.reset()
+    return DEVICE
+
+
+def on_gpu(spec, device, **options):
+    """A mask as FLASH wants it there."""
+    rows = flash.q_rows(device)
+    form = flash.form_of((gnaflex.block_mask(spec, device="cpu").mask_mod.gnaflex.order,), rows)
+    return gnaflex.block_mask(spec, device=device, **{"block_size": (rows, 128), "form": form, **options})
+
+
+def exactly(bm, q, k, v, scale=None):
+    """Attention and log-sum-exp under a row-major mask in float64, from its definition, keys of a group
+    repeated; a row without keys is 0."""
+    zero = torch.zeros((), dtype=torch.long, device=q.device)
+    batch = torch.arange(q.shape[0], device=q.device)[:, None, None, None]
+    queries, keys = (torch.arange(n, device=q.device) for n in bm.seq_lengths)
+    allowed = bm.mask_mod(batch, zero, queries[:, None], keys)
+    k, v = (x.double().repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
+    scores = q.double() @ k.mT * (q.shape[-1] ** -0.5 if scale is None else scale)
+    scores = scores.masked_fill(~allowed, -torch.inf)
+    return scores.softmax(-1).nan_to_num() @ v, scores.logsumexp(-1)
+
+
+CONTRACT = [
+    (SPEC, {}),
+    (CAUSAL, {}),
+    (LONG, {"prefix": 3, "suffix": 130}),
+    (GNA((10, 12), (9, 3)), {}),
+    (DILATED, {}),
+    (SPEC, {"suffix": 9, "text_valid": torch.tensor([[4], [9]])}),
+    (SPEC, {"padding": torch.tensor([[8, 31], [5, 40]])}),
+    (SPEC, {"form": "table"}),
+]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("spec, options", CONTRACT, ids=str)
+@pytest.mark.parametrize("dtype, dim", [(torch.bfloat16, 128), (torch.float16, 64)])
+def test_values_on_a_gpu(gpu, spec, options, dtype, dim):
+    bm = on_gpu(spec, gpu, **options)
+    q, k, v = tensors(bm, dtype, dim, heads=4, device=gpu)
+    out, lse = gnaflex.flex_attention(
+        q, k, v, block_mask=bm, enable_gqa=True, return_lse=True, backend="flash"
+    )
+    want, want_lse = exactly(bm, q, k, v)
+    budget = 4 * torch.finfo(dtype).eps * want.abs().max()
+    assert (out.double() - want).abs().max() <= budget
+    torch.testing.assert_close(lse.double(), want_lse, atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    "spec", [SPEC, CAUSAL, TILED, DILATED, GNA((9, 20, 17), (5, 7, 9), (2, 3, 4))], ids=str
+)
+def test_grids_on_a_gpu(gpu, spec):
+    for heads, kv_heads in ((2, 2), (6, 2)):
+        q, k, v = grids(spec, heads, kv_heads, 64, device=gpu)
+        got = gnaflex.attention(q, k, v, **fields(spec), backend="flash")
+        assert got.dtype == q.dtype
+        assert_within_budget(got, q, k, v, **fields(spec))
+
+
+@pytest.mark.gpu
+def test_a_score_mod_on_a_gpu(gpu):
+    grid = grids(SPEC, dim=64, device=gpu)
+    mod = {"score_mod": lambda score, b, h, q, k: score - (q - k) * 0.01}
+    got = gnaflex.attention(*grid, **fields(SPEC), **mod, backend="flash")
+    assert_within_budget(got, *grid, **fields(SPEC), **mod)
+
+
+@pytest.mark.gpu
+def test_gradients_on_a_gpu(gpu):
+    bm = on_gpu(SPEC, gpu)
+    leaves = [x.requires_grad_() for x in tensors(bm, dim=64, device=gpu)]
+    out = gnaflex.flex_attention(*leaves, block_mask=bm, backend="flash")
+    weight = torch.randn_like(out)
+    found = torch.autograd.grad(out, leaves, weight)
+    wanted = torch.autograd.grad(exactly(bm, *leaves)[0], leaves, weight.double())
+    for got, want in zip(found, wanted, strict=True):
+        assert (got.double() - want.double()).abs().max() <= 8 * torch.finfo(got.dtype).eps * want.abs().max()
+
+
+@pytest.mark.gpu
+def test_auto_on_a_gpu(gpu):
+    """Blackwell takes it for what no kernel of ours runs, inside a compiled function too."""
+    given = tensors(bm := on_gpu(GNA((10, 12), (9, 3)), gpu), dim=64, device=gpu)
+    taken = "flash" if flash.leads(gpu) else "flex"
+    assert gnaflex.explain(*given, bm).backend == taken
+    out = gnaflex.flex_attention(*given, block_mask=bm)
+    torch.testing.assert_close(torch.compile(gnaflex.flex_attention)(*given, block_mask=bm), out)
+    assert not flash._broken
