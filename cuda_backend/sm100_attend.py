@@ -25,7 +25,7 @@ from gnaflex.cuda_backend.views import Grid, box_copy, view
 
 CORRECT, MULTIPLY, LOAD, STORE = 8, 12, 13, 14  # first warps of the roles; weigh has 0 to 7
 THREADS = 16 * 32
-REGISTERS = {"weigh": 200, "correct": 72, "others": 40}  # 128 * (2 * 200 + 72 + 40) = 65,536
+REGISTERS = {"weigh": 200, "correct": 64, "others": 48}  # 128 * (2 * 200 + 64 + 48) = 65,536
 COLUMNS = 512  # of tensor memory: all there are
 S_AT, O_AT = (0, 128), (256, 384)  # columns of each half
 GROWTH = 8.0  # log2 of what the weights may exceed 1 by before O is rescaled
@@ -136,7 +136,7 @@ class Attend100(Roles, Attend):  # type: ignore[misc, unused-ignore]
         self.bars = shared.bars.data_ptr()
         self.by_box, self.by_line, self.to_memory = by_box, by_line, stores
         self.lse, self.grid, self.scale_log2, self.share = lse, grid, scale_log2, share
-        self.schedule = self.schedule_of(work, o, counts, grid, texts, keys)
+        self.work = work, o, counts, grid, texts, keys
         self.suffix_start = keys - texts[1] - texts[2]
         self.lane = cute.arch.thread_idx()[0] % GROUP
 
@@ -148,14 +148,15 @@ class Attend100(Roles, Attend):  # type: ignore[misc, unused-ignore]
         if warp == MULTIPLY:
             cute.arch.alloc_tmem(COLUMNS, shared.tmem)
         cute.arch.sync_threads()
-        self.tmem = cute.arch.retrieve_tmem_ptr(Float32, 16, shared.tmem)
 
+        self.tmem_at = shared.tmem
         if warp < CORRECT:
             cute.arch.setmaxregister_increase(REGISTERS["weigh"])
             self.weigh_setup(warp // 4)
             self.weigh(warp // 4)
         elif warp < MULTIPLY:
             cute.arch.setmaxregister_decrease(REGISTERS["correct"])
+            self.begin()
             self.correct()
         else:
             cute.arch.setmaxregister_decrease(REGISTERS["others"])
@@ -163,13 +164,21 @@ class Attend100(Roles, Attend):  # type: ignore[misc, unused-ignore]
                 self.multiply_setup()
                 self.multiply()
             elif warp == LOAD:
+                self.begin()
                 self.load()
             elif warp == STORE:
+                self.begin()
                 self.store()
         cute.arch.sync_threads()
         if warp == MULTIPLY:
             cute.arch.relinquish_tmem_alloc_permit()
+            self.begin()
             cute.arch.dealloc_tmem(self.tmem, COLUMNS)
+
+    def begin(self) -> None:
+        """What every role works out for itself: worked out once for all, it would take each the registers."""
+        self.tmem = cute.arch.retrieve_tmem_ptr(Float32, 16, self.tmem_at)
+        self.schedule = self.schedule_of(*self.work)
 
     # ---- what programs are written in ----------------------------------------------------------------
 
@@ -226,6 +235,7 @@ class Attend100(Roles, Attend):  # type: ignore[misc, unused-ignore]
 
     def multiply_setup(self) -> None:
         """Descriptors of all operands."""
+        self.begin()
         qk, pv = self.products()
         of_qk, of_pv = qk.get_slice(0), pv.get_slice(0)
         self.rQ = [qk.make_fragment_A(of_qk.partition_A(self.sQ[None, None, h])) for h in HALVES]
@@ -268,6 +278,7 @@ class Attend100(Roles, Attend):  # type: ignore[misc, unused-ignore]
 
     def weigh_setup(self, h: Any) -> None:
         """Registers of a row of scores, and how they come from tensor memory and go back as weights."""
+        self.begin()
         qk, _ = self.products()
         tS = self.scores_at(h * (S_AT[1] - S_AT[0]), qk)[(None, None), 0, 0]
         load = tcgen05.Ld32x32bOp(tcgen05.Repetition(self.chunk))
