@@ -224,9 +224,7 @@ class Attend:
             self.copy(self.by_box.q, item, item.head, tuple(item.q0), self.q_box, boxed, bar, True)
 
     @cute.jit
-    def bring_tile(
-        self, what: cutlass.Constexpr, item: Any, boxes: Any, j: Any, smem: Any, bar: Any
-    ) -> None:
+    def bring_tile(self, what: cutlass.Constexpr, item: Any, boxes: Any, j: Any, smem: Any, bar: Any) -> None:
         """Tile ``j`` of keys ("k") or values ("v"): a box of ``boxes``, then lines of text."""
         head = item.head // self.share
         if cutlass.const_expr(self.text):

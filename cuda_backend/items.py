@@ -14,6 +14,7 @@ import cutlass.cute as cute
 from cutlass import Int32
 from gnaflex.cuda_backend.tile_walk import Q_ROWS, SPANS, unravel
 
+
 class Texts:
     """Extra tokens of a launch: per run before the grid, behind it, and of keys alone its tokens and its
     column in ``valid`` [batch, columns], how many of them are keys; whether they are queries here too, and
@@ -113,8 +114,8 @@ class Item:
         self.boxes = cutlass.select_(is_text, Int32(0), self.boxes)
         self.runs = texts.runs(self.batch, is_text)
         self.lines = [(count + rows - 1) // rows for _, count in self.runs]
-        if halves > 1:  # the last of them may have no partner
-            is_none = cutlass.and_(is_text, tile >= own)
+        if halves > 1:  # one that has no partner
+            is_none = cutlass.select_(is_text, tile >= own, self.keys[0] == 0)
             self.lines = [cutlass.select_(is_none, Int32(0), one) for one in self.lines]
         self.tiles = self.boxes + self.lines[0] + self.lines[1] + self.lines[2] + self.lines[3]
 

@@ -39,7 +39,8 @@ POWERS = {
         *(0.055917860319385, 0.00957010191115053),
     ),
 }
-POLYNOMIALS = 4  # one pair of weights in so many is a polynomial; the others take the exponential unit
+# one pair of weights in so many is a polynomial, the others take the exponential unit; B300's is twice as fast
+POLYNOMIALS = {"sm_100a": 4, "sm_103a": 0}
 
 
 class Attend100(Roles, Attend):  # type: ignore[misc, unused-ignore]
@@ -92,7 +93,8 @@ class Attend100(Roles, Attend):  # type: ignore[misc, unused-ignore]
         prefix, suffix, extra = texts[:3]
         behind = keys - suffix - extra
         lines = (
-            Grid((cutlass.max(n, Int32(1)),), (1,), (), (), start) for n, start in ((prefix, 0), (suffix, behind))
+            Grid((cutlass.max(n, Int32(1)),), (1,), (), (), start)
+            for n, start in ((prefix, 0), (suffix, behind))
         )
         return by_box, *(of(one, line, (Q_ROWS,)) for one in lines)
 
@@ -288,7 +290,9 @@ class Attend100(Roles, Attend):  # type: ignore[misc, unused-ignore]
         whole = cute.make_rmem_tensor(shape, Float32)
         self.S_as_read, self.S = whole, cute.make_tensor(whole.iterator, cute.make_layout(self.rows))
         half = cute.make_layout((Q_ROWS, self.rows // 2))
-        tP = cute.make_tensor(tS.iterator, cute.composition(tS.layout, half))  # pairs of weights as one column
+        tP = cute.make_tensor(
+            tS.iterator, cute.composition(tS.layout, half)
+        )  # pairs of weights as one column
         store = tcgen05.St32x32bOp(tcgen05.Repetition(self.chunk // 2))
         copy = tcgen05.make_tmem_copy(cute.make_copy_atom(store, Float32), tP)
         target = copy.get_slice(self.lane).partition_D(tP)
@@ -372,9 +376,10 @@ class Attend100(Roles, Attend):  # type: ignore[misc, unused-ignore]
     def weights(self, scores: Any, shift: Any, number: int) -> Any:
         """exp2(score * scale + shift), twice."""
         powers = cute.arch.fma_packed_f32x2(scores, (self.scale_log2,) * 2, (shift, shift))
-        if number % POLYNOMIALS != POLYNOMIALS - 1:
-            return exp2(powers[0]), exp2(powers[1])
-        return polynomial(powers, POWERS[self.config.dtype])
+        every = POLYNOMIALS[self.config.arch]
+        if every and number % every == every - 1:
+            return polynomial(powers, POWERS[self.config.dtype])
+        return exp2(powers[0]), exp2(powers[1])
 
     def sum_up(self) -> None:
         """The row's sum of weights."""
@@ -412,9 +417,7 @@ class Attend100(Roles, Attend):  # type: ignore[misc, unused-ignore]
         """A copy of 16 columns of O at a time, and O in such pieces."""
         _, pv = self.products()
         tO = self.output_at(O_AT[h], pv)[(None, None), 0, 0]
-        pieces = cute.make_tensor(
-            tO.iterator, cute.composition(tO.layout, cute.make_layout((Q_ROWS, 16)))
-        )
+        pieces = cute.make_tensor(tO.iterator, cute.composition(tO.layout, cute.make_layout((Q_ROWS, 16))))
         copy = tcgen05.make_tmem_copy(cute.make_copy_atom(operation(tcgen05.Repetition(16)), Float32), pieces)
         return copy, pieces
 

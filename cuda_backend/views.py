@@ -9,6 +9,7 @@ import cutlass.cute as cute
 from cutlass import Int32, Int64
 from cutlass.cute.nvgpu import cpasync
 
+
 @cute.jit
 def _gcd(a: Int64, b: Int64) -> Int64:
     while b != 0:

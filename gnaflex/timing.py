@@ -17,6 +17,7 @@ from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 
+from gnaflex import roofline
 from gnaflex.planner import Plan, check_choice
 from gnaflex.spec import GNAError, whole
 
@@ -144,7 +145,8 @@ def estimate(
         dtype: "bfloat16" or "float16", or torch's.
         device: a name ("H200", "NVIDIA H100 80GB HBM3") or a :class:`Device`.
         batch: problems in the call.
-        backend: "cuda" (masks partial tiles, reads row-major tokens: KERNELS.md's design), "flex" (masks
+        backend: "cuda" (masks partial tiles, reads row-major tokens: KERNELS.md's design; on B200 other tiles
+            and head_dims by the roofline of our kernel: gnaflex/roofline.py), "flex" (masks
             partial and clipped tiles, permutes; at the dense rate, which FlexAttention need not reach), or
             "natten" (masks every tile unless none needs it, permutes: PEERS.md).
         permute: whether the call permutes tokens; the backend's habit unless given. False for layers that
@@ -172,7 +174,7 @@ def estimate(
     calls, tokens = heads * batch, plan.spec.num_tokens
     moved = 2 * tokens * head_dim * element * batch * (heads + kv_heads)  # bytes of q, k, v and o
     floor = moved / (1e12 * gpu.memory_rate)
-    tile = _tile_seconds(gpu, head_dim, math.prod(plan.q_tile), math.prod(plan.kv_tile))
+    tile = _tile_seconds(gpu, head_dim, math.prod(plan.q_tile), math.prod(plan.kv_tile), backend)
     plain, _ = _longest_first(_tile_costs(plan, "none"), calls, gpu)
     masked, balance = _longest_first(_tile_costs(plan, _masks(plan, backend)), calls, gpu)
     kernel = max(plain * tile, floor)
@@ -274,10 +276,14 @@ def _longest_first(costs: _Costs, calls: int, gpu: Device) -> tuple[float, float
     return time, mean / time
 
 
-def _tile_seconds(gpu: Device, head_dim: int, q_rows: int, kv_rows: int) -> float:
-    """One multiprocessor's time for one pair of tiles, rows rounded up to what the matrix units take."""
-    rate = min(gpu.attention_tflops, 4 * head_dim * gpu.exp_rate)
-    scores = -(-q_rows // _Q_STEP) * _Q_STEP * (-(-kv_rows // _KV_STEP) * _KV_STEP)
+def _tile_seconds(gpu: Device, head_dim: int, q_rows: int, kv_rows: int, backend: str = "") -> float:
+    """One multiprocessor's time for one pair of tiles, rows rounded up to what the matrix units take; those
+    of our kernel on B200 by its roofline, two boxes of queries at once."""
+    rate, q_step = min(gpu.attention_tflops, 4 * head_dim * gpu.exp_rate), _Q_STEP
+    kv_rows = -(-kv_rows // _KV_STEP) * _KV_STEP
+    if gpu.name == "B200" and backend == "cuda":
+        rate, q_step = gpu.attention_tflops * roofline.tile_rate(2, kv_rows, head_dim), roofline.ROWS
+    scores = -(-q_rows // q_step) * q_step * kv_rows
     return 4e-12 * head_dim * scores * gpu.multiprocessors / rate
 
 

@@ -6,100 +6,136 @@ Needs CuTe DSL (pip install 'gnaflex[cuda]') and NVIDIA's disassembler, no GPU.
 from __future__ import annotations
 
 import re
-import subprocess
 from collections import Counter
-from pathlib import Path
 
 import pytest
-from gnaflex.cuda_backend.compile import compiled, machine_code
+from gnaflex.cuda_backend.compile import compiled
 from gnaflex.cuda_backend.config import SHARED_MEMORY, KernelConfig, obstacles
+from sass import Sass, counted, registers
 
+from gnaflex import roofline
 from gnaflex.spec import GNAError
 
 VIDEO = ((2, 8, 8), (2, 8, 8))
-VARIANTS = [
-    KernelConfig("sm_90a", dtype, head_dim, q_box, kv_box, text)
+
+
+def variants(arch):
+    return [
+        KernelConfig(arch, dtype, head_dim, q_box, kv_box, text)
+        for dtype in ("bfloat16", "float16")
+        for head_dim in (64, 128)
+        for q_box, kv_box in (VIDEO, ((8, 16), (8, 16)), ((128,), (128,)))
+        for text in (False, True)
+    ] + [
+        KernelConfig(arch, "bfloat16", 128, (1, 5, 24), (3, 4, 8)),
+        KernelConfig(arch, "bfloat16", 128, (3, 5, 8), (3, 2, 8)),
+        KernelConfig(arch, "bfloat16", 64, (8,), (16,)),
+    ]
+
+
+ULTRA = [
+    KernelConfig("sm_103a", dtype, 128, *VIDEO, text)
     for dtype in ("bfloat16", "float16")
-    for head_dim in (64, 128)
-    for q_box, kv_box in (VIDEO, ((8, 16), (8, 16)), ((128,), (128,)))
     for text in (False, True)
-] + [
-    KernelConfig("sm_90a", "bfloat16", 128, (1, 5, 24), (3, 4, 8)),
-    KernelConfig("sm_90a", "bfloat16", 128, (3, 5, 8), (3, 2, 8)),
-    KernelConfig("sm_90a", "bfloat16", 64, (8,), (16,)),
 ]
 
 
-def tool(name):
-    nvidia = pytest.importorskip("nvidia", reason=f"needs {name}: pip install nvidia-cuda-{name}")
-    found = [path for root in nvidia.__path__ for path in Path(root).glob(f"*/bin/{name}")]
-    if not found:
-        pytest.skip(f"needs {name}: pip install nvidia-cuda-{name}")
-    return found[0]
+# ---- Hopper ------------------------------------------------------------------------------------------
 
 
-def output(*command):
-    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
-
-
-@pytest.mark.parametrize("config", VARIANTS, ids=str)
-def test_machine_code(config, tmp_path):
-    pytest.importorskip("cutlass", reason="kernels need CuTe DSL: pip install 'gnaflex[cuda]'")
-    disassembler, facts = tool("nvdisasm"), tool("cuobjdump")
-    code = tmp_path / "kernel.cubin"
-    code.write_bytes(machine_code(config))
-    sass = output(disassembler, "-c", code)
-    used = output(facts, "-res-usage", code)
-
+@pytest.mark.parametrize("config", variants("sm_90a"), ids=str)
+def test_hopper(config, tmp_path):
+    sass = Sass(config, tmp_path)
     # tokens come by boxes of the grid's rank, one per 64 channels: Q, K and V once each in the code; text
     # comes by lines of the sequence
-    halves = config.head_dim // 64
-    loads = Counter(re.findall(r"UTMALDG\.(\d)D", sass))
-    assert loads == Counter({str(config.rank + 2): 3 * halves}) + Counter({"3": 3 * halves * config.text})
+    pieces = config.head_dim // 64
+    loads = Counter(re.findall(r"UTMALDG\.(\d)D", sass.text))
+    assert loads == Counter({str(config.rank + 2): 3 * pieces}) + Counter({"3": 3 * pieces * config.text})
     # Q K^T for the first tile and in the loop, P V in the loop and behind it
-    assert len(re.findall("HGMMA", sass)) == 2 * config.head_dim // 16 + 2 * config.kv_rows // 16
+    assert sass.count("HGMMA") == 2 * config.head_dim // 16 + 2 * config.kv_rows // 16
     # one wait each: else ptxas has serialised the matrix instructions
-    assert len(re.findall(r"WARPGROUP\.DEPBAR", sass)) == 4
-    assert not re.findall(r"\b(?:LDL|STL)\b", sass)
-    assert re.search(r"REG:168 STACK:0 .*LOCAL:0", used)
-
-
-def registers(sass):
-    """The highest register behind every change of a warp group's share: producer, then consumers."""
-    parts = re.split(r"USETMAXREG\.(\w+)", sass)
-    return {
-        kind: max(int(number) for number in re.findall(r"\bR(\d+)\b", part))
-        for kind, part in zip(parts[1::2], parts[2::2], strict=True)
-    }
+    assert sass.count(r"WARPGROUP\.DEPBAR") == 4
+    assert sass.count(r"\b(?:LDL|STL)\b") == 0
+    assert re.search(r"REG:168 STACK:0 .*LOCAL:0", sass.used)
+    roles = sass.roles()
+    assert {given: registers(code) <= given for given, code in roles.items()} == {24: True, 240: True}
 
 
 @pytest.mark.parametrize("text", [False, True])
-def test_registers_and_overlap(text, tmp_path):
-    pytest.importorskip("cutlass", reason="kernels need CuTe DSL: pip install 'gnaflex[cuda]'")
-    code = tmp_path / "kernel.cubin"
-    code.write_bytes(machine_code(KernelConfig("sm_90a", "bfloat16", 128, *VIDEO, text)))
-    sass = output(tool("nvdisasm"), "-c", code)
-    used = registers(sass)
-    assert used["DEALLOC"] < 24
-    assert used["TRY_ALLOC"] < 240
+def test_overlap_on_hopper(text, tmp_path):
+    sass = Sass(KernelConfig("sm_90a", "bfloat16", 128, *VIDEO, text), tmp_path)
     # the loop: S of the next tile and P V issued, wait for S, exponentials while P V runs, wait for P V
-    order = re.findall(r"HGMMA|DEPBAR\.LE gsb0, 0x\d|MUFU\.EX2", sass)
+    order = re.findall(r"HGMMA|DEPBAR\.LE gsb0, 0x\d|MUFU\.EX2", sass.text)
     loop = order.index("DEPBAR.LE gsb0, 0x1")
     assert order[loop - 16 : loop] == ["HGMMA"] * 16
     assert order[loop + 1 : loop + 2 + 128 // 2 + 2] == ["MUFU.EX2"] * 66 + ["DEPBAR.LE gsb0, 0x0"]
 
 
-@pytest.mark.parametrize("config", VARIANTS, ids=str)
+# ---- Blackwell ---------------------------------------------------------------------------------------
+
+DEGREE = {"bfloat16": 3, "float16": 4}  # of the polynomial that every fourth pair of weights takes
+
+
+@pytest.mark.parametrize("config", [*variants("sm_100a"), *ULTRA], ids=str)
+def test_blackwell(config, tmp_path):
+    sass = Sass(config, tmp_path)
+    pieces, rows, head_dim = config.head_dim // 64, config.kv_rows, config.head_dim
+    # boxes of Q for either half, of K and of V; output of either half: grid, or text before or behind it
+    rank = str(config.rank + 2)
+    loads = Counter(re.findall(r"UTMALDG\.(\d)D", sass.text))
+    assert loads == Counter({rank: 4 * pieces}) + Counter({"3": 4 * pieces * config.text})
+    stores = Counter(re.findall(r"UTMASTG\.(\d)D", sass.text))
+    assert stores == Counter({rank: 2 * pieces}) + Counter({"3": 4 * pieces * config.text})
+    # no spills: registers of a block at 512 threads, and what each role has of them
+    assert re.search(r"REG:128 STACK:0 .*LOCAL:0", sass.used)
+    assert sass.count(r"\b(?:LDL|STL)\b") == 0
+    roles = sass.roles()
+    assert 128 * (2 * 200 + 64 + 48) == 65_536
+    assert {given: registers(code) <= given for given, code in roles.items()} == dict.fromkeys(
+        (200, 64, 48), True
+    )
+    # all of tensor memory, which no other block may then ask for: 512 columns
+    assert sass.count(r"UTCATOMSWS\.FIND_AND_SET") > 0
+
+    # per tile: both products of either half, in the loop, and Q K^T once before it
+    multiply = roles[48]
+    assert counted(multiply, "UTCHMMA") == 2 * (2 * head_dim // 16 + rows // 16)
+    assert counted(multiply, "UTCHMMA tmem") == 2 * rows // 16
+    # scores read, weighed and written, once in the code: the numbers of the roofline in cuda_backend/NOTES.md
+    weigh, chunk = roles[200], 32 if rows % 32 == 0 else 16
+    assert counted(weigh, rf"LDTM\.x{chunk}\b") == counted(weigh, rf"STTM\.x{chunk // 2}\b") == rows // chunk
+    fourth = rows // 8 if config.arch == "sm_100a" else 0  # pairs of weights that are polynomials
+    assert counted(weigh, r"MUFU\.EX2") == rows - 2 * fourth + 1
+    assert counted(weigh, r"FMNMX3") == rows // 2
+    assert counted(weigh, r"FFMA2") == rows // 2 + fourth * DEGREE[config.dtype]
+    assert counted(weigh, r"FADD2") == rows // 2 + 3 + fourth * 3
+    assert counted(weigh, r"F2FP") == rows // 2
+    warps, instructions = 8, sass.shortest_round(rf"LDTM\.x{chunk}\b")
+    assert warps * instructions / 4 <= roofline.clocks(2, rows, head_dim).issue
+    # what the output changes by is known before the exponentials
+    order = [one for one in weigh if re.search(r"MUFU\.EX2|SYNCS\.ARRIVE|STTM", one)]
+    kinds = [re.search(r"EX2|ARRIVE|STTM", one)[0] for one in order]
+    assert kinds.index("ARRIVE") <= 3
+    last = len(kinds) - 1 - kinds[::-1].index("STTM")
+    assert kinds[last + 1] == "ARRIVE"
+    assert kinds.count("ARRIVE") == 3
+
+
+@pytest.mark.parametrize("config", [*variants("sm_90a"), *variants("sm_100a")], ids=str)
 def test_shared_memory_fits(config):
     row = 2 * config.head_dim
     assert config.stages >= 2
-    assert 1024 + (2 * 128 + 2 * config.stages * config.kv_rows) * row <= SHARED_MEMORY
+    if config.arch == "sm_90a":
+        assert 1024 + (2 * 128 + 2 * config.stages * config.kv_rows) * row <= SHARED_MEMORY
+    else:  # two boxes of queries, one of output, a ring of keys and values
+        assert config.stages >= 4
+        assert 3072 + (3 * 128 + config.stages * config.kv_rows) * row <= SHARED_MEMORY
 
 
 @pytest.mark.parametrize(
     "change, reason",
     [
-        ({"arch": "sm_80"}, "architecture must be sm_90a: got sm_80"),
+        ({"arch": "sm_80"}, "architecture must be sm_90a or sm_100a or sm_103a: got sm_80"),
         ({"dtype": "float32"}, "dtype must be bfloat16 or float16"),
         ({"head_dim": 96}, "head_dim must be 64 or 128: got 96"),
         ({"q_box": (3, 5, 7)}, "a query box must hold a multiple of 8 tokens, at most 128"),

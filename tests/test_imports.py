@@ -68,7 +68,8 @@ LAW = {
     "doctor": {
         *("cuda_backend", "spec", "origin", "flex", "reference", "dispatch", "door", "trial"),
     },
-    "timing": {"spec", "planner"},
+    "roofline": set(),
+    "timing": {"spec", "planner", "roofline"},
     "drawn": {"spec", "window", "tiles", "planner", "searching"},
     "figures": {"spec", "window", "planner", "searching", "drawn"},
     "drawing": {"spec", "tiles", "planner", "searching", "drawn"},
@@ -87,7 +88,7 @@ LAW = {
 }
 NO_TORCH = {"spec", "window", "tiles", "layout", "order", "blocks", "row_blocks", "tile_blocks"}
 NO_TORCH |= {"planner", "paper", "plan_verbs", "kernel_verbs", "timing", "drawn", "figures", "drawing"}
-NO_TORCH |= {"axis_tables", "nearby", "fewest", "searching", "reasons"}
+NO_TORCH |= {"roofline", "axis_tables", "nearby", "fewest", "searching", "reasons"}
 
 
 def top_level_imports(path: Path) -> set[str]:

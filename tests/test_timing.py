@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import pytest
 
-from gnaflex import timing
+from gnaflex import roofline, timing
 from gnaflex.paper import CONFIGURATIONS, FLUX, HUNYUAN, Configuration, Model
 from gnaflex.planner import plan
 from gnaflex.spec import GNA, GNAError
@@ -142,8 +142,8 @@ def test_paying_for_the_permutation_misses_hunyuans_measured_end_to_end():
 # ---- facts -------------------------------------------------------------------------------------------
 
 
-def video(stride=(16, 8, 8), tiles=VIDEO_TILES, heads=24, **options):
-    return estimate(plan(GNA((30, 48, 80), (18, 24, 24), stride), *tiles), heads, 128, **options)
+def video(stride=(16, 8, 8), tiles=VIDEO_TILES, heads=24, head_dim=128, **options):
+    return estimate(plan(GNA((30, 48, 80), (18, 24, 24), stride), *tiles), heads, head_dim, **options)
 
 
 def test_batch_and_heads_scale():
@@ -220,6 +220,18 @@ def test_memory_bounds_tiny_windows_and_fewer_kv_heads_move_less():
     assert estimate(tiny, 8, 128, device=slow).kernel_seconds == pytest.approx(moved / 0.1e12)
     whole, grouped = (estimate(tiny, 8, 128, kv_heads=n, permute=True) for n in (8, 2))
     assert grouped.permute_seconds == pytest.approx(whole.permute_seconds * 10 / 16)
+
+
+def test_our_kernel_on_b200_goes_by_its_roofline():
+    def rate(head_dim, **options):
+        found = video(device="B200", head_dim=head_dim, **options)
+        return found.flops / found.kernel_seconds
+
+    base = rate(128, backend="cuda")
+    assert base == pytest.approx(rate(128, backend="natten"))  # the published rate
+    assert rate(64, backend="cuda") / base == pytest.approx(2 * 1024 / (2 * 1552), rel=1e-3)
+    assert roofline.clocks(2, 128, 128) == (2048, 1552, 2048, pytest.approx(1500, rel=0.01))
+    assert max(roofline.clocks(1, 128, 128)) > max(roofline.clocks(2, 128, 128)) / 2  # K and V for one alone
 
 
 def test_devices_know_their_sources_and_names():
