@@ -36,6 +36,13 @@ class Attend:
     BARRIERS: dict[str, Barrier]
     halves: int  # boxes of queries at once
     threads: int
+    kernel: Any
+    hide: Any  # what stands in columns of S that are no keys
+    schedule: Any  # of a block, like all that follows
+    bars: Any
+    by_box: Any
+    by_line: Any
+    share: Any
 
     def __init__(self, config: KernelConfig) -> None:
         self.config = config
@@ -104,9 +111,9 @@ class Attend:
             )
         stores = self.stores(mO, grid, (lQ_box, lQ), texts, keys)
         self.kernel(
-            by_box, by_line, stores, lQ, lK, lV, mO, mL, mW, counts,
-            (lengths, steps, group_steps, groups, start), texts, keys, scale_log2, heads // kv_heads,
-        ).launch(grid=(blocks, 1, 1), block=(self.threads, 1, 1), stream=stream, min_blocks_per_mp=1)  # fmt: skip
+            *(by_box, by_line, stores, lQ, lK, lV, mO, mL, mW, counts),
+            *((lengths, steps, group_steps, groups, start), texts, keys, scale_log2, heads // kv_heads),
+        ).launch(grid=(blocks, 1, 1), block=(self.threads, 1, 1), stream=stream, min_blocks_per_mp=1)
 
     def tokens(self, x: Any, batch: Any, heads: Any, rows: Any, strides: Any) -> cute.Tensor:
         """[batch, heads, rows, head_dim] at a pointer."""
@@ -189,7 +196,7 @@ class Attend:
         return self.bars + (self.offsets[name] + h * places + n % places), n // places & 1
 
     def wait(self, name: str, n: Any, h: Any = 0) -> None:
-        """Until phase ``n`` of a barrier is complete, or was before anything was, where it starts out free."""
+        """Until phase ``n`` of a barrier is complete; where it starts out free, the one before."""
         at, parity = self.place(name, n, h)
         cute.arch.mbarrier_wait(at, parity ^ 1 if self.BARRIERS[name].is_free else parity)
 
@@ -208,6 +215,30 @@ class Attend:
             barrier = self.BARRIERS[name]
             for place in range(self.places(barrier.places) * (len(HALVES) if barrier.halves else 1)):
                 cute.arch.mbarrier_init(self.bars + self.offsets[name] + place, barrier.arrivals)
+
+    @cute.jit
+    def mask(self, item: Any, i: Any) -> None:
+        """Hide what tile ``i`` of an item holds beyond its keys."""
+        if cutlass.const_expr(self.text):
+            if i < item.boxes:
+                self.clip(item, i)
+            else:
+                _, left = key_line(item, i - item.boxes, self.rows)
+                if left < self.rows:
+                    self.hide(key_words((left,), (self.rows,)))
+        else:
+            self.clip(item, i)
+
+    @cute.jit
+    def clip(self, item: Any, i: Any) -> None:
+        """Hide what tile ``i`` of the key box holds beyond it."""
+        if item.clips:
+            _, left = key_box(item, i, self.kv_box)
+            is_cut = left[0] < self.kv_box[0]
+            for room, extent in zip(left[1:], self.kv_box[1:], strict=True):
+                is_cut = cutlass.or_(is_cut, room < extent)
+            if is_cut:
+                self.hide(key_words(left[::-1], self.config.kv_box))
 
     # ---- loads ---------------------------------------------------------------------------------------
 

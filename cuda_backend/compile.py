@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from gnaflex.cuda_backend.abi import PARTS, Launcher, counts
 from gnaflex.cuda_backend.config import KernelConfig, obstacles
+from gnaflex.cuda_backend.machine import ARCHITECTURE
 
 from gnaflex.spec import GNAError
 
@@ -131,9 +132,9 @@ def to_shared(code: bytes, path: Path) -> None:
         raise GNAError(f"{words[0]} could not link a kernel: {done.stderr.strip()[-500:]}")
 
 
-def from_shared(path: Path, rank: int) -> Launcher:
-    """The kernel in a library of :func:`to_shared`, loaded on every Hopper GPU; torch has CUDA's runtime
-    loaded.
+def from_shared(path: Path, rank: int, arch: str) -> Launcher:
+    """The kernel in a library of :func:`to_shared`, loaded on every GPU of its architecture; torch has CUDA's
+    runtime loaded.
 
     Raises:
         RuntimeError: CUDA does not load it.
@@ -151,7 +152,7 @@ def from_shared(path: Path, rank: int) -> Launcher:
 
     call("cuda_init", to_handle, error)
     for number in range(torch.cuda.device_count()):
-        if torch.cuda.get_device_capability(number)[0] != 9:
+        if ARCHITECTURE.get(torch.cuda.get_device_capability(number)) != arch:
             continue  # it would not load there
         device.value = number
         call("cuda_load_to_device", to_handle, device, error)

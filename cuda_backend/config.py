@@ -11,7 +11,9 @@ from gnaflex.tiles import Tile
 
 DTYPES = ("bfloat16", "float16")
 HEAD_DIMS = (64, 128)
-ARCHITECTURES = ("sm_90a", "sm_100a")
+# by architecture: boxes of queries that a block takes at once
+HALVES = {"sm_90a": 1, "sm_100a": 2, "sm_103a": 2}
+ARCHITECTURES = tuple(HALVES)
 SHARED_MEMORY = 232_448  # bytes of a block, 227 KiB: CUDA C++ Programming Guide, compute capability 9.0
 MOST_STAGES = 4
 BARRIER_BYTES = 1024

@@ -58,7 +58,7 @@ def known_reasons(
     problem = problem_of(record)
     if isinstance(problem, str):
         yield problem
-    elif problem.boxes is None:
+    elif problem.boxes_on(device) is None:
         yield not_block_sparse(problem.spec)
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from gnaflex.cuda_backend import machine, tile_walk
 from gnaflex.cuda_backend.abi import Launcher
-from gnaflex.cuda_backend.config import DTYPES, KernelConfig
+from gnaflex.cuda_backend.config import DTYPES, HALVES, KernelConfig
 from torch import Tensor
 
 from gnaflex.planner import Plan
@@ -37,20 +37,30 @@ class Problem(NamedTuple):
 
     @property
     def boxes(self) -> Plan | None:
-        """The boxes to walk, None where every choice would need masks."""
-        boxes: Plan | None = tile_walk.chosen(self.spec)
+        """The boxes to walk where no architecture is known, Hopper's; None where every choice would need
+        masks, whatever the architecture."""
+        return self.boxes_for("sm_90a")
+
+    def boxes_for(self, arch: str) -> Plan | None:
+        """The boxes that kernels of an architecture walk."""
+        boxes: Plan | None = tile_walk.chosen(self.spec, HALVES[arch])
         return boxes
+
+    def boxes_on(self, device: torch.device) -> Plan | None:
+        """Those of a device, Hopper's where no kernel runs."""
+        return self.boxes if machine.obstacle(device) else self.boxes_for(machine.architecture(device))
 
     def config(self, arch: str, dtype: torch.dtype, head_dim: int) -> KernelConfig:
         """The kernel that walks them."""
-        plan = self.boxes
+        plan = self.boxes_for(arch)
         assert plan is not None
         return KernelConfig(arch, DTYPE_NAMES[dtype], head_dim, plan.q_tile, plan.kv_tile, any(self.texts))
 
 
 class Prepared(NamedTuple):
     """A launch without its tensors: the work list on the device, the numbers that follow ``sizes`` in the
-    order of abi.PARTS (up to ``start``), and how many items a head of a batch entry has."""
+    order of abi.PARTS (up to ``start``), and how many items a head of a batch entry has: what blocks take at
+    once."""
 
     work: Tensor
     numbers: tuple[int, ...]
@@ -71,19 +81,22 @@ def prepared(problem: Problem, device: torch.device) -> tuple[tuple[Prepared, ..
     They are kept for good, as a captured CUDA graph reads them as long as it lives.
     """
     if (problem, device) not in _prepared:
-        plan = problem.boxes
+        arch = machine.architecture(device)
+        plan = problem.boxes_for(arch)
         assert plan is not None
-        _prepared[problem, device] = machine.aside(device, of_plan, problem, plan, device)
+        _prepared[problem, device] = machine.aside(device, of_plan, problem, plan, device, HALVES[arch])
     return _prepared[problem, device]
 
 
-def of_plan(problem: Problem, plan: Plan, device: torch.device) -> tuple[tuple[Prepared, ...], Tensor]:
-    """The same for a choice of boxes."""
+def of_plan(
+    problem: Problem, plan: Plan, device: torch.device, halves: int = 1
+) -> tuple[tuple[Prepared, ...], Tensor]:
+    """The same for a choice of boxes, so many of them at once."""
     spec = problem.spec
     rows = [math.prod(spec.shape[a + 1 :]) for a in range(spec.rank)]
     columns = [sum(map(bool, problem.texts[:i])) if n else 0 for i, n in enumerate(problem.texts)]
     out = []
-    for number, launch in enumerate(tile_walk.launches(plan)):
+    for number, launch in enumerate(tile_walk.launches(plan, halves)):
         are_queries = int(number == 0)
         numbers = (
             *launch.lengths,
@@ -93,21 +106,22 @@ def of_plan(problem: Problem, plan: Plan, device: torch.device) -> tuple[tuple[P
             *problem.texts,
             *columns,
             are_queries,
-            _rounds(problem, plan, launch),
+            _rounds(problem, plan, launch, halves),
             problem.prefix + int(np.dot(launch.first, rows)),
         )
-        items = len(launch.work) * math.prod(launch.groups)
-        items += are_queries * sum(-(-n // tile_walk.Q_ROWS) for n in problem.texts[:2])
+        text = sum(-(-n // tile_walk.Q_ROWS) for n in problem.texts[:2])
+        items = len(launch.work) // halves * math.prod(launch.groups) + are_queries * -(-text // halves)
         out.append(Prepared(torch.from_numpy(launch.work).to(device), numbers, items))
     valid = torch.tensor([[n for n in problem.texts if n] or [0]], dtype=torch.int32, device=device)
     return tuple(out), valid
 
 
-def _rounds(problem: Problem, plan: Plan, launch: tile_walk.Launch) -> int:
-    """How many boxes of queries take as long as 128 text queries, which see everything."""
+def _rounds(problem: Problem, plan: Plan, launch: tile_walk.Launch, halves: int) -> int:
+    """How many items of boxes take as long as one of text queries, which see everything."""
     rows = math.prod(plan.kv_tile)
     text = sum(-(-n // rows) for n in problem.texts)
-    boxes = float(tile_walk.tile_counts(launch.work[:, 2], plan.kv_tile).prod(axis=1).mean())
+    items = launch.work.reshape(-1, halves, *launch.work.shape[1:])
+    boxes = float(tile_walk.item_tiles(items, plan.kv_tile).mean())
     return round((-(-problem.spec.num_tokens // rows) + text) / (boxes + text))
 
 

@@ -74,7 +74,7 @@ def _proved(config: KernelConfig, device: torch.device, subject: proof.Subject) 
 def load(config: KernelConfig) -> Launcher:
     """A kernel, from $GNAFLEX_KERNELS, the cache, or compiled now; whether it is right is not asked."""
     if path := _ahead(config):
-        return from_shared(path, config.rank)
+        return from_shared(path, config.rank, config.arch)
     return from_object(cache.get(config, _compiled), config.rank)
 
 

@@ -10,7 +10,6 @@ import math
 from typing import Any
 
 import cutlass
-import cutlass.cute as cute
 from cutlass import Int32
 from gnaflex.cuda_backend.tile_walk import Q_ROWS, SPANS, unravel
 

@@ -39,7 +39,9 @@ def loads_only(config: KernelConfig) -> Any:
     from gnaflex.cuda_backend.sm100_attend import Attend100
 
     class Loads100(Attend100):  # type: ignore[misc, unused-ignore]
-        def multiply_setup(self) -> None: ...
+        def multiply_setup(self) -> None:
+            self.begin()
+
         def weigh_setup(self, h: Any) -> None: ...
         def weigh(self, h: Any) -> None: ...
         def correct(self) -> None: ...
@@ -58,5 +60,7 @@ def loads_only(config: KernelConfig) -> Any:
                     n += 1
                 for h in HALVES:
                     self.commit("q_empty", turn, h)
+            for h in HALVES:  # the block does not end before that
+                self.wait("q_empty", self.turns(), h)
 
     return Loads100(config)

@@ -14,17 +14,21 @@ import torch
 
 T = TypeVar("T")
 KERNELS = "GNAFLEX_KERNELS"  # names a folder of kernels that were linked ahead of time
-ARCHITECTURE = {(9, 0): "sm_90a"}  # by compute capability
+# By compute capability: H100, H200; B200, GB200; B300, GB300 (code of an "a" architecture runs on no other)
+ARCHITECTURE = {(9, 0): "sm_90a", (10, 0): "sm_100a", (10, 3): "sm_103a"}
+NEEDED = "a Hopper or Blackwell data-centre GPU (compute capability {})".format(
+    ", ".join(f"{major}.{minor}" for major, minor in ARCHITECTURE)
+)
 
 
 @functools.lru_cache(maxsize=32)
 def obstacle(device: torch.device) -> str:
     """Why no kernel runs on a device, or ""."""
     if device.type != "cuda" or torch.version.cuda is None:
-        return f"it needs an NVIDIA GPU of the Hopper family, the query is on {device}"
+        return f"it needs {NEEDED}, the query is on {device}"
     found = torch.cuda.get_device_capability(device)
     if found not in ARCHITECTURE:
-        return f"it needs a GPU of compute capability 9.0 (Hopper): {device} has {found[0]}.{found[1]}"
+        return f"it needs {NEEDED}: {device} has {found[0]}.{found[1]}"
     if importlib.util.find_spec("cutlass") is None and KERNELS not in os.environ:
         return "CuTe DSL is not installed: pip install 'gnaflex[cuda]'"
     return ""

@@ -15,9 +15,9 @@ import cutlass.cute as cute
 import cutlass.memory
 from cutlass import Float32, Int32, Int64
 from cutlass.cute.nvgpu import OperandMajorMode, cpasync, tcgen05
-from gnaflex.cuda_backend.attend import LN_2, Attend, exp2, key_words, rounded, settle
+from gnaflex.cuda_backend.attend import LN_2, Attend, exp2, rounded, settle
 from gnaflex.cuda_backend.config import NOTE_BYTES, KernelConfig
-from gnaflex.cuda_backend.items import Item, Pair, key_box, key_line, sees, slot, tile_of
+from gnaflex.cuda_backend.items import Item, Pair, sees, slot, tile_of
 from gnaflex.cuda_backend.protocol import HALVES
 from gnaflex.cuda_backend.sm100_roles import BARRIERS, GROUP, Roles
 from gnaflex.cuda_backend.tile_walk import Q_ROWS
@@ -39,7 +39,7 @@ POWERS = {
         *(0.055917860319385, 0.00957010191115053),
     ),
 }
-# one pair of weights in so many is a polynomial, the others take the exponential unit; B300's is twice as fast
+# one pair of weights in so many is a polynomial, others take the exponential unit; B300's is twice as fast
 POLYNOMIALS = {"sm_100a": 4, "sm_103a": 0}
 
 
@@ -59,7 +59,7 @@ class Attend100(Roles, Attend):  # type: ignore[misc, unused-ignore]
 
     def __init__(self, config: KernelConfig) -> None:
         super().__init__(config)
-        self.chunk = 32 if self.rows % 32 == 0 else 16  # columns of S that are handled together
+        self.chunk = 32 if self.rows % 32 == 0 else 16  # columns of weights that are written together
 
     def products(self) -> tuple[Any, Any]:
         """Q K^T and P V."""
@@ -79,7 +79,7 @@ class Attend100(Roles, Attend):  # type: ignore[misc, unused-ignore]
         )
 
     def stores(self, o: cute.Tensor, grid: Grid, layouts: Any, texts: Any, keys: Any) -> Any:
-        """Tensor maps of boxes of the grid, and of text before and behind it: each ends where its tokens do."""
+        """Tensor maps of boxes of the grid, and of text before and behind it; they end where its tokens do."""
         op = cpasync.CopyBulkTensorTileS2GOp()
         box, line = layouts
 
@@ -316,26 +316,6 @@ class Attend100(Roles, Attend):  # type: ignore[misc, unused-ignore]
         self.mask(item, i)
         self.raise_top()
 
-    @cute.jit
-    def mask(self, item: Any, i: Any) -> None:
-        """Hide what tile ``i`` of an item holds beyond its keys."""
-        if cutlass.const_expr(self.text):
-            if i < item.boxes:
-                self.clip(item, i)
-            else:
-                _, left = key_line(item, i - item.boxes, self.rows)
-                if left < self.rows:
-                    self.hide(key_words((left,), (self.rows,)))
-        else:
-            self.clip(item, i)
-
-    @cute.jit
-    def clip(self, item: Any, i: Any) -> None:
-        """Hide what tile ``i`` of the key box holds beyond it."""
-        if item.clips:
-            _, left = key_box(item, i, self.kv_box)
-            self.hide(key_words(left[::-1], self.config.kv_box))
-
     def hide(self, words: Any) -> None:
         """-inf where a key is none: bit ``c`` of the words says whether column ``c`` of the scores is one."""
         for c in range(self.rows):
@@ -513,7 +493,7 @@ def _max3(a: Any, b: Any, c: Any) -> Any:
 def polynomial(powers: Any, of: tuple[float, ...]) -> Any:
     """2^x of two numbers without the exponential unit: 2^f of the distance to the nearest integer, whose
     exponent that integer is then added to."""
-    powers = tuple(cute.arch.fmax(x, Float32(LEAST)) for x in powers)
+    powers = tuple(cute.arch.fmax(x, Float32(LEAST), nan=True) for x in powers)
     shifted = cute.arch.add_packed_f32x2(powers, (Float32(MAGIC),) * 2)
     nearest = cute.arch.add_packed_f32x2(shifted, (Float32(-MAGIC),) * 2)
     rest = cute.arch.sub_packed_f32x2(powers, nearest)

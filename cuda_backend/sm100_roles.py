@@ -7,7 +7,7 @@ ring of stages: K V K V. Tensor memory holds scores and output of each half; wei
 |---|---|---|
 | load | one warp | brings queries, keys, values |
 | multiply | one warp | issues S = Q K^T and O += P V |
-| weigh | 128 for each half | scores to weights; leaves notes for ``correct``: by what O changes, then the sums |
+| weigh | 128 for each half | scores to weights; notes for ``correct``: by what O changes, then the sums |
 | correct | 128 | rescales O where the maximum grew, normalises it at the end, writes it to shared memory |
 | store | one warp | stores it |
 """
@@ -74,15 +74,21 @@ class Roles:
         n = self.number(0)
         for turn in range(self.turns(), unroll=1):
             pair = self.pair(turn)
-            for h in HALVES:
-                self.wait("q_empty", turn, h)
-                self.bring_queries(pair, h=h, q=turn)
+            self.wait("q_empty", turn, 0)
+            self.bring_queries(pair, h=0, q=turn)
             for j in range(pair.tiles, unroll=1):
                 self.wait("kv_empty", n)
                 self.bring_keys(pair, j, kv=n)
+                if j == 0:  # the first half can begin without them
+                    self.wait("q_empty", turn, 1)
+                    self.bring_queries(pair, h=1, q=turn)
                 self.wait("kv_empty", n + 1)
                 self.bring_values(pair, j, kv=n + 1)
                 n += 2
+        for h in HALVES:  # the block does not end before the tensor cores have read all
+            self.wait("q_empty", self.turns(), h)
+        for place in range(self.stages, unroll=1):
+            self.wait("kv_empty", n + place)
 
     @protocol.jit
     def multiply(self: Any) -> None:
@@ -92,10 +98,9 @@ class Roles:
         before = self.numbers(0, 0)  # tiles that the halves have seen in earlier pairs
         for turn in range(self.turns(), unroll=1):
             pair = self.pair(turn)
-            for h in HALVES:
-                self.wait("q_full", turn, h)
             self.wait("kv_full", n)
             for h in HALVES:
+                self.wait("q_full", turn, h)
                 if self.sees(pair, h, 0):
                     self.scores(h=h, q=turn, kv=n, s=before[h])
                     self.commit("s_full", before[h], h)
@@ -121,6 +126,9 @@ class Roles:
                 if j + 1 < pair.tiles:
                     self.release_keys(pair, j + 1, n + 2, turn)
                 n += 2
+            for h in HALVES:  # not earlier: ``correct`` is in this pair since it gave the first half's O free
+                if pair.present[h] == 0:
+                    self.commit("o_full", turn, h)
             before = self.numbers(before[0] + pair.counts[0], before[1] + pair.counts[1])
 
     @protocol.jit
@@ -130,8 +138,6 @@ class Roles:
         if j == pair.tiles - 1:
             for h in HALVES:
                 self.commit("q_empty", turn, h)
-                if pair.present[h] == 0:
-                    self.commit("o_full", turn, h)
 
     @protocol.jit
     def weigh(self: Any, h: Any) -> None:

@@ -14,8 +14,8 @@ import cutlass.cute as cute
 import cutlass.memory
 from cutlass import Float32, Int32, Int64
 from cutlass.cute.nvgpu import OperandMajorMode, warp, warpgroup
-from gnaflex.cuda_backend.attend import LN_2, Attend, exp2, key_words, rounded, settle
-from gnaflex.cuda_backend.items import Item, key_box, key_line
+from gnaflex.cuda_backend.attend import LN_2, Attend, exp2, rounded, settle
+from gnaflex.cuda_backend.items import Item
 from gnaflex.cuda_backend.sm90_roles import BARRIERS, CONSUMERS, GROUP, Roles
 from gnaflex.cuda_backend.tile_walk import Q_ROWS
 
@@ -184,26 +184,6 @@ class Attend90(Roles, Attend):  # type: ignore[misc, unused-ignore]
         self.mask(item, i)
         self.softmax()
 
-    @cute.jit
-    def mask(self, item: Any, i: Any) -> None:
-        """Hide what tile ``i`` of an item holds beyond its keys."""
-        if cutlass.const_expr(self.text):
-            if i < item.boxes:
-                self.clip(item, i)
-            else:
-                _, left = key_line(item, i - item.boxes, self.rows)
-                if left < self.rows:
-                    self.hide(key_words((left,), (self.rows,)))
-        else:
-            self.clip(item, i)
-
-    @cute.jit
-    def clip(self, item: Any, i: Any) -> None:
-        """Hide what tile ``i`` of the key box holds beyond it."""
-        if item.clips:
-            _, left = key_box(item, i, self.kv_box)
-            self.hide(key_words(left[::-1], self.config.kv_box))
-
     def hide(self, words: Any) -> None:
         """-inf where a key is none: bit ``c`` of the words says whether column ``c`` of the scores is one."""
         S = self.S3
@@ -239,7 +219,7 @@ class Attend90(Roles, Attend):  # type: ignore[misc, unused-ignore]
             total[r] = total[r] * change[r] + sums[0] + sums[1]
 
     def settle(self) -> None:
-        """Else ptxas (13.4) moves the wait for P V in front of the exponentials, and the two do not overlap."""
+        """Else ptxas (13.4) moves the wait for P V before the exponentials, and the two do not overlap."""
         settle(self.total[0], self.total[1])
 
     def rescale(self) -> None:

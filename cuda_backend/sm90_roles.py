@@ -5,8 +5,8 @@
 | load | one warp | brings queries, keys, values |
 | attend | two groups of 128, each 64 rows of the box | S = Q K^T, weights, O += P V; all in registers |
 
-The groups take turns at issuing products (FlashAttention-3, section 3.1), so that one's softmax runs while the
-other's products do.
+The groups take turns at issuing products (FlashAttention-3, section 3.1), so that one's softmax runs while
+the other's products do.
 """
 
 from __future__ import annotations

@@ -58,6 +58,7 @@ def view(x: cute.Tensor, grid: Grid, head_dim: int) -> tuple[cute.Tensor, tuple[
 
 
 def transposed(x: cute.Tensor) -> cute.Tensor:
+    """Channels first."""
     return cute.make_tensor(x.iterator, cute.select(x.layout, mode=[1, 0, 2]))
 
 
