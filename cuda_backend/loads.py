@@ -58,9 +58,7 @@ def loads_only(config: KernelConfig) -> Any:
                     self.wait("kv_full", n)
                     self.commit("kv_empty", n)
                     n += 1
-                for h in HALVES:
-                    self.commit("q_empty", turn, h)
-            for h in HALVES:  # the block does not end before that
-                self.wait("q_empty", self.turns(), h)
+                self.commit("q_empty", turn)
+            self.wait("q_empty", self.turns())  # the block does not end before that
 
     return Loads100(config)

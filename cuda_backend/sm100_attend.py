@@ -79,7 +79,7 @@ class Attend100(Roles, Attend):  # type: ignore[misc, unused-ignore]
         )
 
     def stores(self, o: cute.Tensor, grid: Grid, layouts: Any, texts: Any, keys: Any) -> Any:
-        """Tensor maps of boxes of the grid, and of text before and behind it; they end where its tokens do."""
+        """Tensor maps of boxes of the grid, and of text before and behind it; each ends with its own."""
         op = cpasync.CopyBulkTensorTileS2GOp()
         box, line = layouts
 
@@ -389,7 +389,7 @@ class Attend100(Roles, Attend):  # type: ignore[misc, unused-ignore]
     @cute.jit
     def rescale(self, change: Any, i: Any, h: cutlass.Constexpr, o: Any) -> None:
         """O by the change, where a row of the warp has one; the first tile overwrites it."""
-        if i > 0:
+        if i > 0:  # noqa: SIM102 (CuTe DSL would vote before it asks)
             if cute.arch.vote_any_sync(change < 1.0):
                 self.scale_output(h, change)
 

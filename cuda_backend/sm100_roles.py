@@ -24,7 +24,7 @@ GROUP = 128  # threads of a warp group
 
 BARRIERS = {
     "q_full": Barrier("tma", halves=True),
-    "q_empty": Barrier("mma", is_free=True, halves=True),
+    "q_empty": Barrier("mma", is_free=True),  # both halves
     "kv_full": Barrier("tma", places="stages"),
     "kv_empty": Barrier("mma", places="stages", is_free=True),
     "s_full": Barrier("mma", halves=True),
@@ -74,21 +74,16 @@ class Roles:
         n = self.number(0)
         for turn in range(self.turns(), unroll=1):
             pair = self.pair(turn)
-            self.wait("q_empty", turn, 0)
+            self.wait("q_empty", turn)
             self.bring_queries(pair, h=0, q=turn)
             for j in range(pair.tiles, unroll=1):
                 self.wait("kv_empty", n)
                 self.bring_keys(pair, j, kv=n)
                 if j == 0:  # the first half can begin without them
-                    self.wait("q_empty", turn, 1)
                     self.bring_queries(pair, h=1, q=turn)
                 self.wait("kv_empty", n + 1)
                 self.bring_values(pair, j, kv=n + 1)
                 n += 2
-        for h in HALVES:  # the block does not end before the tensor cores have read all
-            self.wait("q_empty", self.turns(), h)
-        for place in range(self.stages, unroll=1):
-            self.wait("kv_empty", n + place)
 
     @protocol.jit
     def multiply(self: Any) -> None:
@@ -136,8 +131,7 @@ class Roles:
         """All products with K of tile ``j`` are issued; with the last K, those with Q."""
         self.commit("kv_empty", n)
         if j == pair.tiles - 1:
-            for h in HALVES:
-                self.commit("q_empty", turn, h)
+            self.commit("q_empty", turn)
 
     @protocol.jit
     def weigh(self: Any, h: Any) -> None:

@@ -22,9 +22,8 @@ from gnaflex.tables import MaskMod
 
 BACKENDS = ("cuda", "flash", "flex", "sdpa", "reference")
 AUTO = ("cuda", "flash", "flex", "sdpa")  # what "auto" tries, in this order
-FLEX_RATE = (
-    0.6  # of FlexAttention's generated kernels, by that of a CUTLASS kernel on Hopper; assumed, no GPU yet
-)
+# Of FlexAttention's generated kernels, by that of a CUTLASS kernel on the same GPU; assumed, no GPU yet
+FLEX_RATE = {"sm_90a": 0.6, "sm_100a": 0.4, "sm_103a": 0.4}
 
 
 class Call(NamedTuple):
@@ -104,7 +103,7 @@ def _cuda_reasons(call: Call) -> Iterator[str]:
         could = False
         yield reason
     if could:
-        if why := cheaper_masked(call.record, call.record):
+        if why := cheaper_masked(call.record, call.record, call.query.device):
             yield why
         yield from not_ready(call)
 
@@ -116,28 +115,30 @@ def has_kernels(device: torch.device) -> bool:
     return not machine.obstacle(device)
 
 
-def cheaper_masked(record: MaskRecord | None, masked: MaskRecord | None) -> str:
+def cheaper_masked(record: MaskRecord | None, masked: MaskRecord | None, device: torch.device) -> str:
     """Why FlexAttention with the mask ``masked`` is likely faster than a kernel on the boxes of ``record``,
-    which may be thin; or ""."""
+    which may be thin; or "". Of a device that kernels run on."""
     from gnaflex.cuda_backend import problem_of
+    from gnaflex.cuda_backend.machine import architecture
 
     problem = problem_of(record)
     if masked is None or isinstance(problem, str):
         return ""
-    known = masked.__dict__  # where functools.cached_property would keep it
-    if "cheaper_masked" not in known:
-        known["cheaper_masked"] = _comparison(masked, problem.boxes)
-    why: str = known["cheaper_masked"]
-    return why
+    # where functools.cached_property would keep it
+    known: dict[str, str] = masked.__dict__.setdefault("cheaper_masked", {})
+    arch = architecture(device)
+    if arch not in known:
+        known[arch] = _comparison(masked, problem.boxes_for(arch), FLEX_RATE[arch])
+    return known[arch]
 
 
-def _comparison(record: MaskRecord, boxes: Any) -> str:
-    """By exact counts of the pairs that each computes; the kernel's rate by FLEX_RATE."""
+def _comparison(record: MaskRecord, boxes: Any, rate: float) -> str:
+    """By exact counts of the pairs that each computes, and FlexAttention's rate."""
     if boxes is None or record.block_size is None:
         return ""
     ours = boxes.touched_tiles * boxes.q_rows * math.prod(boxes.kv_tile)
     theirs = listed_blocks(record) * math.prod(record.block_size)
-    if ours * FLEX_RATE <= theirs:
+    if ours * rate <= theirs:
         return ""
     return (
         f"{_AUTO_ONLY}boxes of {boxes.q_tile} queries fill {math.prod(boxes.q_tile)} of {boxes.q_rows} rows, "

@@ -219,15 +219,15 @@ def explain(
         >>> q = torch.randn(1, 2, 64, 16, requires_grad=True)
         >>> print(gnaflex.explain(q, q, q, bm))
         backend: sdpa
-          cuda: it needs an NVIDIA GPU of the Hopper family, the query is on cpu; it computes in bfloat16 \
-and float16: the query is float32; head_dim must be 64 or 128: got 16; GNA(shape=(8, 8), window=(4, 4)) \
-needs masks inside tiles, whatever boxes of tokens the kernel takes; it has no backward: forward and \
-backward go to FlexAttention together
-          flash: it needs an NVIDIA GPU of the Blackwell or Hopper family, the query is on cpu; it computes in \
-bfloat16 and float16: the query is float32; it takes masks of intervals or tables: this one is form="packed". \
-Write gnaflex.block_mask(..., form="interval"); it takes blocks of (256, 128) tokens: those of the mask have \
-(128, 128). Write gnaflex.block_mask(..., block_size=(256, 128)); "auto" does not take it: only trying tells \
-whether its backward compiles, which comes too late to take another
+          cuda: it needs a Hopper or Blackwell data-centre GPU (compute capability 9.0, 10.0, 10.3), the \
+query is on cpu; it computes in bfloat16 and float16: the query is float32; head_dim must be 64 or 128: got \
+16; GNA(shape=(8, 8), window=(4, 4)) needs masks inside tiles, whatever boxes of tokens the kernel takes; it \
+has no backward: forward and backward go to FlexAttention together
+          flash: it needs an NVIDIA GPU of the Blackwell or Hopper family, the query is on cpu; it computes\
+ in bfloat16 and float16: the query is float32; it takes masks of intervals or tables: this one is \
+form="packed". Write gnaflex.block_mask(..., form="interval"); it takes blocks of (256, 128) tokens: those \
+of the mask have (128, 128). Write gnaflex.block_mask(..., block_size=(256, 128)); "auto" does not take it:\
+ only trying tells whether its backward compiles, which comes too late to take another
           flex: FlexAttention has no backward on cpu
           reference: runs, but comes later
         mask: GNA(shape=(8, 8), window=(4, 4)), row-major; of 1 blocks of 128 x 128 0 are full, 1 partial

@@ -1,7 +1,8 @@
 """FlexAttention's FLASH backend (flash-attn-4): what it asks of a call, and the masks that suit it.
 
 What it asks was read in torch 2.13 and 2.15 (``torch/_inductor/kernel/flex``) and in flash-attn-4 4.0.0b36
-(``interface.py``, ``config.py``, ``block_sparsity.py``); nothing of it has run on a GPU yet.
+(``interface.py``, ``config.py``, ``block_sparsity.py``). Masks of every form compile for Hopper and Blackwell
+(torch 2.13, 4.0.0b36, CuTe DSL 4.8.1, 21 November 2026); nothing has run on a GPU yet.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import torch
 from gnaflex import flex
 from gnaflex.advice import PERMUTE_PAIRS
 from gnaflex.compiled import captured_tensors
+from gnaflex.cuts import Cuts
 from gnaflex.forms import reason_against
 from gnaflex.layout import Layout
 from gnaflex.mask import MaskRecord
@@ -132,6 +134,14 @@ def _of_mask(record: MaskRecord, rows: int) -> Iterator[str]:
         )
 
 
+def _of_lengths(cuts: Cuts | None) -> Iterator[str]:
+    """A read at a constant index, which a single row becomes, is code that does not build (torch 2.13)."""
+    for name in ("text_valid", "padding"):
+        lengths = None if cuts is None else getattr(cuts, name)
+        if lengths is not None and len(lengths) == 1:
+            yield f"{name} of one row does not compile for it: give a row for each of several batch entries"
+
+
 def _blocks_as_code(order: Order, rows: int) -> str:
     if not order.is_tiled:
         return f"block_size=({rows}, {KV_ROWS})"
@@ -155,6 +165,8 @@ def _of_arguments(call: Call) -> Iterator[str]:
         yield f"kernel_options {', '.join(sorted(options))} are those of Triton's kernels: leave them out"
     if call.aux is not None and call.aux.max_scores:
         yield "it does not return max_scores"
+    if call.record is not None:
+        yield from _of_lengths(call.record.cuts)
 
 
 def _of_gradients(call: Call) -> Iterator[str]:

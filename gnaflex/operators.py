@@ -52,10 +52,10 @@ def kernel_may_run(code: str, device: str, dtype: str, *head_dims: int) -> bool:
     from gnaflex.cuda_backend import known_reasons
     from gnaflex.dispatch import cheaper_masked
 
-    record = decoded(code)
+    record, on = decoded(code), torch.device(device)
     kind: torch.dtype = getattr(torch, dtype.removeprefix("torch."))
-    reasons = known_reasons(record, torch.device(device), kind, head_dims)
-    return next(iter(reasons), None) is None and not cheaper_masked(record, record)
+    reasons = known_reasons(record, on, kind, head_dims)
+    return next(iter(reasons), None) is None and not cheaper_masked(record, record, on)
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]

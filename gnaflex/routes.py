@@ -104,7 +104,7 @@ def _order_and_backend(
     row_major, cheapest = problem.row_major, problem.cheapest
     if backend == "auto" and cheapest is not row_major and has_kernels(device):
         call = call_in(row_major)  # a kernel reads tokens as they lie
-        if runs(call, "cuda") and not cheaper_masked(row_major.record, cheapest.record):
+        if runs(call, "cuda") and not cheaper_masked(row_major.record, cheapest.record, device):
             return row_major, "cuda", call
     if backend == "flash" or (backend == "auto" and flash.leads(device)):
         order, seen = problem.for_flash(flash.q_rows(device), score_mod is None), call_in(row_major)

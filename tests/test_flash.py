@@ -1,22 +1,26 @@
 """FlexAttention's FLASH backend: which calls go to it and why not the others, the masks it gets; on a GPU
 that it serves, what every backend must do.
 
-Without such a GPU door and dispatch are walked with torch's dense FlexAttention in its place.
+Without such a GPU door and dispatch are walked: in its place stands what takes lists and mask_mod at their
+word.
 """
 
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import logging
+import math
+import operator
 import random
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
 from cases import random_spec
 from torch._inductor.virtualized import V
-from torch.nn.attention.flex_attention import AuxRequest, create_block_mask
-from torch.nn.attention.flex_attention import flex_attention as torchs
+from torch.nn.attention.flex_attention import AuxOutput, AuxRequest, create_block_mask
 
 import gnaflex
 from gnaflex import compiled, dispatch, door, flash, operators
@@ -50,12 +54,42 @@ class Machine:
         self.calls.append((block_mask, kernel_options))
         if kernel_options == flash.OPTION and self.fails:
             raise self.fails
-        with torch.no_grad():
-            return torchs(q, k, v, score_mod, block_mask, scale, enable_gqa, return_aux=aux)
+        allowed = taken_at_its_word(block_mask, q.shape[0])
+        out, lse = attend(*(x.float() for x in (q, k, v)), allowed, score_mod, scale)
+        return out.to(q.dtype) if aux is None else (out.to(q.dtype), AuxOutput(lse=lse))
 
     @property
     def backends(self):
         return ["flash" if options == flash.OPTION else "flex" for _, options in self.calls]
+
+
+def taken_at_its_word(bm, batch=1):
+    """What FLASH computes of a mask: full blocks, and the mask_mod in the partial ones; [batch, 1, queries,
+    keys]."""
+    queries, keys = bm.seq_lengths
+    rows, columns = bm.BLOCK_SIZE
+    at = torch.arange(batch)[:, None, None, None], torch.tensor(0), torch.arange(queries)[:, None]
+    allowed = bm.mask_mod(*at, torch.arange(keys)).expand(batch, 1, queries, keys)
+    out = torch.zeros_like(allowed)
+    for kind, full in (("kv", False), ("full_kv", True)):
+        counts, indices = getattr(bm, f"{kind}_num_blocks")[0, 0], getattr(bm, f"{kind}_indices")[0, 0]
+        for row, count in enumerate(counts.tolist()):
+            for column in indices[row, :count].tolist():
+                here = slice(row * rows, (row + 1) * rows), slice(column * columns, (column + 1) * columns)
+                out[..., here[0], here[1]] = True if full else allowed[..., here[0], here[1]]
+    return out
+
+
+def attend(q, k, v, allowed, score_mod=None, scale=None):
+    """Attention and its log-sum-exp in the dtype of q, keys of a group repeated; a row without keys is 0."""
+    batch, heads, queries, keys = (torch.arange(n, device=q.device) for n in (*q.shape[:3], k.shape[2]))
+    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
+    scores = q @ k.mT * (q.shape[-1] ** -0.5 if scale is None else scale)
+    if score_mod is not None:
+        at = batch[:, None, None, None], heads[:, None, None], queries[:, None], keys
+        scores = score_mod(scores, *at)
+    scores = scores.masked_fill(~allowed, -torch.inf)
+    return scores.softmax(-1).nan_to_num() @ v, scores.logsumexp(-1)
 
 
 @pytest.fixture
@@ -114,6 +148,7 @@ def obstacle(monkeypatch, capability=(10, 0), torch_version="2.13.0", cuda="13.0
 def test_what_the_machine_lacks(monkeypatch):
     needs = "it needs an NVIDIA GPU of the Blackwell or Hopper family, the query is on"
     assert flash.obstacle(torch.device("cpu")) == f"{needs} cpu"
+    assert not flash.leads(torch.device("cpu"))
     assert obstacle(monkeypatch, cuda=None) == f"{needs} cuda:0"  # ROCm
     for capability in ((9, 0), (10, 0), (10, 3), (11, 0)):
         assert obstacle(monkeypatch, capability) == ""
@@ -199,6 +234,12 @@ REASONS = {
     "options": ({}, {}, {"kernel_options": {"num_warps": 4, "BLOCK_M": 64}},
                 "kernel_options BLOCK_M, num_warps are those of Triton's kernels: leave them out"),
     "max_scores": ({}, {}, {"return_aux": AuxRequest(max_scores=True)}, "it does not return max_scores"),
+    "one text": ({}, {"suffix": 4, "text_valid": torch.tensor([[3]])}, {},
+                 "text_valid of one row does not compile for it: "
+                 "give a row for each of several batch entries"),
+    "one padding": ({}, {"padding": torch.tensor([[8, 31]])}, {},
+                    "padding of one row does not compile for it: "
+                    "give a row for each of several batch entries"),
     "captured": ({}, {}, {"score_mod": trains},
                  "it has no gradients for tensors that a score_mod captures: .detach() them"),
 }  # fmt: skip
@@ -286,7 +327,9 @@ def test_auto_takes_flash_on_blackwell(machine):
     gnaflex.flex_attention(*tensors(bm), block_mask=bm)
     default = gnaflex.block_mask(SPEC, device="cpu")
     gnaflex.flex_attention(*tensors(default), block_mask=default)
-    assert machine.backends == ["flash", "flex"]
+    padded = mask(padding=torch.tensor([[8, 31], [5, 40]]))
+    gnaflex.flex_attention(*tensors(padded), block_mask=padded)
+    assert machine.backends == ["flash", "flex", "flash"]
 
 
 @pytest.mark.parametrize(
@@ -339,7 +382,7 @@ def test_a_failure_sends_auto_elsewhere_and_is_said_once(machine, caplog):
     (record,) = caplog.records
     assert record.getMessage().endswith('failed, "auto" goes on without it: CuteDSL template failed')
     assert "it failed before on such a call: CuteDSL" in flash_reasons(*tensors(bm, dim=16), bm)[0]
-    assert flash_reasons(*tensors(bm, dim=32), bm) == []  # of another kind
+    assert flash_reasons(*tensors(bm, dim=32, value_dim=16), bm) == []  # of another kind
 
 
 def test_a_failure_on_grids_changes_the_order_too(machine):
@@ -378,7 +421,7 @@ def test_a_failure_of_another_backend_is_raised(hopper, monkeypatch):
         gnaflex.flex_attention(*tensors(bm), block_mask=bm)
 
 
-def test_inside_a_compiled_function_auto_may_take_it(machine):
+def test_inside_a_compiled_function_auto_may_take_it(machine, monkeypatch):
     q, k, v = tensors(bm := mask())
 
     def may(bm, q=q):
@@ -393,19 +436,24 @@ def test_inside_a_compiled_function_auto_may_take_it(machine):
     assert not may(bm, q.clone().requires_grad_())
     machine.rows = flash.HOPPER
     assert not may(mask(block_size=128))
+    monkeypatch.setattr(operators, "kernel_may_run", lambda *constants: True)
+    assert may(mask(block_size=128))
+    assert not may(mask(padding=torch.tensor([[8, 30]])))  # which no kernel of ours knows
 
 
-def test_inside_a_compiled_function_a_name_never_falls_back(monkeypatch):
+def test_inside_a_compiled_function_a_name_never_falls_back():
     bm = mask()
     given = tensors(bm)
     with pytest.raises(Exception, match="needs an NVIDIA GPU"):
         torch.compile(gnaflex.flex_attention, fullgraph=True)(*given, plain, bm, backend="flash")
     with pytest.raises(Exception, match="needs an NVIDIA GPU"):
         torch.compile(gnaflex.flex_attention, fullgraph=True)(*given, block_mask=bm, backend="flash")
-    call = dispatch.Call(*given, plain, bm, None, None, False, {"BLOCK_M": 1}, None)
-    on_gpu = call._replace(query=torch.empty(0).to("meta"))
-    monkeypatch.setattr(torch.Tensor, "device", DEVICE)
-    assert flash.options_of(on_gpu) == {"BLOCK_M": 1, "BACKEND": "FLASH"}
+
+
+def test_a_traced_call_asks_torch_for_it():
+    q, k, v = (SimpleNamespace(device=DEVICE) for _ in range(3))
+    call = dispatch.Call(q, k, v, plain, None, None, None, False, {"BLOCK_M": 1}, None)
+    assert flash.options_of(call) == {"BLOCK_M": 1, "BACKEND": "FLASH"}
 
 
 # ---- the masks that attention makes ------------------------------------------------------------------
@@ -421,7 +469,7 @@ CHOSEN = [
     (LONG, 256, 5, None, "interval"),
     (TILED, 256, 0, ((4, 8, 8), (2, 8, 8)), "table"),
     (TILED, 256, 3, ((4, 8, 8), (2, 8, 8)), "table"),
-    (DILATED, 256, 0, ((16, 16), (16, 8)), "table"),
+    (DILATED, 256, 0, ((16, 16), (8, 16)), "table"),
     (TILED, 128, 0, ((2, 8, 8), (2, 8, 8)), "table"),
     (SPEC, 128, 0, None, "table"),
 ]
@@ -456,22 +504,6 @@ def test_a_score_mod_keeps_row_major_order(machine):
     assert not machine.calls[0][0].mask_mod.gnaflex.order.is_tiled
 
 
-def dense(bm):
-    """Lists and mask_mod of a mask together, [queries, keys]: what FLASH computes."""
-    queries, keys = bm.seq_lengths
-    rows, columns = bm.BLOCK_SIZE
-    at = torch.arange(queries)[:, None], torch.arange(keys)
-    zero = torch.zeros((), dtype=torch.long)
-    allowed, out = bm.mask_mod(zero, zero, *at), torch.zeros(queries, keys, dtype=torch.bool)
-    for kind, full in (("kv", False), ("full_kv", True)):
-        counts, indices = getattr(bm, f"{kind}_num_blocks")[0, 0], getattr(bm, f"{kind}_indices")[0, 0]
-        for row, count in enumerate(counts.tolist()):
-            for column in indices[row, :count].tolist():
-                here = slice(row * rows, (row + 1) * rows), slice(column * columns, (column + 1) * columns)
-                out[here] = True if full else allowed[here]
-    return out
-
-
 def test_masks_are_the_definition():
     """Every order, form and block size that FLASH gets: causal axes, dilation, ragged grids."""
     rng, seen = random.Random(0), set()
@@ -488,26 +520,35 @@ def test_masks_are_the_definition():
             queries, is_pad = (torch.from_numpy(x) for x in order.tokens(keys=False))
             keys, no_key = (torch.from_numpy(x) for x in order.tokens(keys=True))
             want = dense_mask(spec)[queries][:, keys] & ~no_key
-            assert torch.equal(dense(bm)[~is_pad], want[~is_pad])
+            assert torch.equal(taken_at_its_word(bm)[0, 0][~is_pad], want[~is_pad])
             seen.add((form, order.is_tiled, rows))
     assert {("interval", True, 256), ("interval", False, 256), ("table", True, 256)} < seen
     assert ("interval", False, 128) not in seen
 
 
+def boxes(tokens, rank):
+    extents = [n for n in range(1, tokens + 1) if tokens % n == 0]
+    return [one for one in itertools.product(extents, repeat=rank) if math.prod(one) == tokens]
+
+
 def test_the_order_is_the_cheapest_by_the_lists_themselves():
-    for spec in (SPEC, CAUSAL, TILED, DILATED, GNA((7, 200, 16), (3, 5, 16)), GNA((6, 10, 40), (5, 6, 7))):
+    """A partial block whose pairs are masked one by one counts twice, a permuted token as 128 pairs."""
+    for spec in (SPEC, LONG, DILATED, GNA((24, 40), (9, 3), (2, 3)), GNA((64, 64), (32, 32), (16, 16))):
         for rows in (flash.HOPPER, flash.BLACKWELL):
+            nested = itertools.product(boxes(rows, spec.rank), boxes(128, spec.rank))
+            tiles = [(q, kv) for q, kv in nested if not any(map(operator.mod, q, kv))]
+            costs = {(None, None): cost(gnaflex.block_mask(spec, block_size=(rows, 128), device="cpu"))}
+            for q, kv in tiles:
+                costs[q, kv] = cost(gnaflex.block_mask(spec, q_tile=q, kv_tile=kv, device="cpu"), 128)
             found = flash.cheapest_layout(spec, rows)
-            costs = {}
-            for q_tile, kv_tile in [(None, None), *flash._tiles(spec.rank, rows)]:
-                tiles = {"q_tile": q_tile, "kv_tile": kv_tile} if q_tile else {"block_size": (rows, 128)}
-                bm = gnaflex.block_mask(spec, form="table", device="cpu", **tiles)
-                packs = (
-                    rows == flash.BLACKWELL and reason_against("interval", bm.mask_mod.gnaflex.orders) is None
-                )
-                blocks = int(bm.full_kv_num_blocks.sum()) + int(bm.kv_num_blocks.sum()) * (1 if packs else 2)
-                costs[q_tile, kv_tile] = blocks * rows * 128 + (bm.seq_lengths[0] * 128 if q_tile else 0)
             assert costs[found.q_tile, found.kv_tile] == min(costs.values())
+            assert flash.best_tiles(spec, rows)[0] == min(costs[one] for one in tiles)
+
+
+def cost(bm, per_token=0):
+    packs = bm.BLOCK_SIZE[0] == 256 and reason_against("interval", bm.mask_mod.gnaflex.orders) is None
+    blocks = int(bm.full_kv_num_blocks.sum()) + int(bm.kv_num_blocks.sum()) * (1 if packs else 2)
+    return blocks * math.prod(bm.BLOCK_SIZE) + bm.seq_lengths[0] * per_token
 
 
 def test_the_intervals_decide_the_order():
@@ -567,8 +608,12 @@ def test_torch_packs_the_intervals(lowered):
 # ---- what every backend must do, on a GPU that FLASH serves ------------------------------------------
 
 
-@pytest.fixture
-def gpu():
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request):
+    """A GPU; or the CPU with its stand-in, which shows that the checks are right."""
+    if request.param == "cpu":
+        request.getfixturevalue("machine")
+        return torch.device("cpu")
     if not torch.cuda.is_available():
         pytest.skip("torch sees no CUDA GPU")
     if why := flash.obstacle(DEVICE):
@@ -578,24 +623,19 @@ def gpu():
     return DEVICE
 
 
-def on_gpu(spec, device, **options):
+def suited(spec, device, **options):
     """A mask as FLASH wants it there."""
     rows = flash.q_rows(device)
     form = flash.form_of((gnaflex.block_mask(spec, device="cpu").mask_mod.gnaflex.order,), rows)
     return gnaflex.block_mask(spec, device=device, **{"block_size": (rows, 128), "form": form, **options})
 
 
-def exactly(bm, q, k, v, scale=None):
-    """Attention and log-sum-exp under a row-major mask in float64, from its definition, keys of a group
-    repeated; a row without keys is 0."""
-    zero = torch.zeros((), dtype=torch.long, device=q.device)
+def exactly(bm, q, k, v):
+    """The same in float64, by the mask_mod alone."""
     batch = torch.arange(q.shape[0], device=q.device)[:, None, None, None]
     queries, keys = (torch.arange(n, device=q.device) for n in bm.seq_lengths)
-    allowed = bm.mask_mod(batch, zero, queries[:, None], keys)
-    k, v = (x.double().repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
-    scores = q.double() @ k.mT * (q.shape[-1] ** -0.5 if scale is None else scale)
-    scores = scores.masked_fill(~allowed, -torch.inf)
-    return scores.softmax(-1).nan_to_num() @ v, scores.logsumexp(-1)
+    allowed = bm.mask_mod(batch, torch.zeros_like(batch[0]), queries[:, None], keys)
+    return attend(q.double(), k.double(), v.double(), allowed)
 
 
 CONTRACT = [
@@ -610,12 +650,11 @@ CONTRACT = [
 ]
 
 
-@pytest.mark.gpu
 @pytest.mark.parametrize("spec, options", CONTRACT, ids=str)
 @pytest.mark.parametrize("dtype, dim", [(torch.bfloat16, 128), (torch.float16, 64)])
-def test_values_on_a_gpu(gpu, spec, options, dtype, dim):
-    bm = on_gpu(spec, gpu, **options)
-    q, k, v = tensors(bm, dtype, dim, heads=4, device=gpu)
+def test_values(device, spec, options, dtype, dim):
+    bm = suited(spec, device, **options)
+    q, k, v = tensors(bm, dtype, dim, heads=4, device=device)
     out, lse = gnaflex.flex_attention(
         q, k, v, block_mask=bm, enable_gqa=True, return_lse=True, backend="flash"
     )
@@ -625,30 +664,28 @@ def test_values_on_a_gpu(gpu, spec, options, dtype, dim):
     torch.testing.assert_close(lse.double(), want_lse, atol=1e-3, rtol=1e-3)
 
 
-@pytest.mark.gpu
 @pytest.mark.parametrize(
-    "spec", [SPEC, CAUSAL, TILED, DILATED, GNA((9, 20, 17), (5, 7, 9), (2, 3, 4))], ids=str
+    "spec", [SPEC, CAUSAL, TILED, DILATED, GNA((5, 12, 17), (3, 5, 9), (2, 3, 4))], ids=str
 )
-def test_grids_on_a_gpu(gpu, spec):
+def test_grids(device, spec):
     for heads, kv_heads in ((2, 2), (6, 2)):
-        q, k, v = grids(spec, heads, kv_heads, 64, device=gpu)
+        q, k, v = grids(spec, heads, kv_heads, 64, device=device)
         got = gnaflex.attention(q, k, v, **fields(spec), backend="flash")
         assert got.dtype == q.dtype
         assert_within_budget(got, q, k, v, **fields(spec))
 
 
-@pytest.mark.gpu
-def test_a_score_mod_on_a_gpu(gpu):
-    grid = grids(SPEC, dim=64, device=gpu)
+def test_a_score_mod(device):
+    grid = grids(SPEC, dim=64, device=device)
     mod = {"score_mod": lambda score, b, h, q, k: score - (q - k) * 0.01}
     got = gnaflex.attention(*grid, **fields(SPEC), **mod, backend="flash")
     assert_within_budget(got, *grid, **fields(SPEC), **mod)
 
 
-@pytest.mark.gpu
-def test_gradients_on_a_gpu(gpu):
-    bm = on_gpu(SPEC, gpu)
-    leaves = [x.requires_grad_() for x in tensors(bm, dim=64, device=gpu)]
+@pytest.mark.parametrize("device", [pytest.param("cuda", marks=pytest.mark.gpu)], indirect=True)
+def test_gradients_on_a_gpu(device):
+    bm = suited(SPEC, device)
+    leaves = [x.requires_grad_() for x in tensors(bm, dim=64, device=device)]
     out = gnaflex.flex_attention(*leaves, block_mask=bm, backend="flash")
     weight = torch.randn_like(out)
     found = torch.autograd.grad(out, leaves, weight)
@@ -657,11 +694,11 @@ def test_gradients_on_a_gpu(gpu):
         assert (got.double() - want.double()).abs().max() <= 8 * torch.finfo(got.dtype).eps * want.abs().max()
 
 
-@pytest.mark.gpu
-def test_auto_on_a_gpu(gpu):
+@pytest.mark.parametrize("device", [pytest.param("cuda", marks=pytest.mark.gpu)], indirect=True)
+def test_auto_on_a_gpu(device):
     """Blackwell takes it for what no kernel of ours runs, inside a compiled function too."""
-    given = tensors(bm := on_gpu(GNA((10, 12), (9, 3)), gpu), dim=64, device=gpu)
-    taken = "flash" if flash.leads(gpu) else "flex"
+    given = tensors(bm := suited(GNA((10, 12), (9, 3)), device), dim=64, device=device)
+    taken = "flash" if flash.leads(device) else "flex"
     assert gnaflex.explain(*given, bm).backend == taken
     out = gnaflex.flex_attention(*given, block_mask=bm)
     torch.testing.assert_close(torch.compile(gnaflex.flex_attention)(*given, block_mask=bm), out)

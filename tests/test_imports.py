@@ -44,6 +44,7 @@ LAW = {
     "lanes": set(),
     "flash": {
         *("spec", "tiles", "planner", "layout", "order", "forms", "mask", "flex", "advice", "compiled"),
+        "cuts",
     },
     "dispatch": {
         "flash",
