@@ -1,6 +1,6 @@
 """What there is to know from a GPU, most telling first, within minutes.
 
-    python -m benchmarks.gpu_suite --prepare FOLDER        # where CuTe DSL is: link the kernels of the suite
+    python -m benchmarks.gpu_suite --prepare FOLDER --arch sm_90a   # where CuTe DSL is: link the kernels
     python -m benchmarks.gpu_suite --kernels FOLDER --budget 8m --resume      # where the GPU is
 
 Both from the root of the repository, which need not be installed; without --kernels the kernels are compiled
@@ -23,6 +23,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from gnaflex.cuda_backend.config import ARCHITECTURES
 from gnaflex.cuda_backend.gate import linked_name
 
 from benchmarks import gpu_items
@@ -50,6 +51,8 @@ def main(words: list[str] | None = None) -> int:
     parser.add_argument(
         "--prepare", type=Path, metavar="FOLDER", help="link the kernels of the suite, no GPU"
     )
+    archs = "what GPUs --prepare is for (default that of this machine, else sm_90a)"
+    parser.add_argument("--arch", choices=ARCHITECTURES, default=gpu_items.ARCH, help=archs)
     parser.add_argument("--kernels", type=Path, metavar="FOLDER", help="take kernels that were linked there")
     parser.add_argument("--budget", type=duration, default=480.0, help="for all items: 90s, 8m (default)")
     parser.add_argument("--resume", action="store_true", help="leave out what the results file has")
@@ -58,7 +61,7 @@ def main(words: list[str] | None = None) -> int:
     parser.add_argument("--item", choices=list(gpu_items.ITEMS), help=argparse.SUPPRESS)
     options = parser.parse_args(words)
     if options.prepare:
-        return _prepare(options.prepare)
+        return _prepare(options.prepare, options.arch)
     if options.item:
         return _one(options.item)
     import torch
@@ -157,12 +160,12 @@ def _row(one: Row) -> dict[str, Any]:
     return asdict(one) | {"verdict": one.verdict}
 
 
-def _prepare(folder: Path) -> int:
+def _prepare(folder: Path, arch: str) -> int:
     from gnaflex.cuda_backend.cache import get
     from gnaflex.cuda_backend.compile import to_object, to_shared
 
     folder.mkdir(parents=True, exist_ok=True)
-    for config in gpu_items.configs():
+    for config in gpu_items.configs(arch):
         path = folder / linked_name(config)
         to_shared(get(config, to_object), path)
         print(f"{path.name}: {path.stat().st_size:,} bytes", flush=True)

@@ -58,7 +58,8 @@ def _compile_arguments(parser: argparse.ArgumentParser) -> None:
     for name, where in zip(TEXTS, ("before the grid", "behind it", "that are keys alone"), strict=True):
         words = f"extra tokens {where} (default 0)"
         parser.add_argument(f"--{name.replace('_', '-')}", metavar="N", type=count, default=0, help=words)
-    parser.add_argument("--arch", default="sm_90a", help="what GPUs it is for (default sm_90a, Hopper)")
+    archs = "sm_90a: Hopper (default); sm_100a, sm_103a: Blackwell"
+    parser.add_argument("--arch", default="sm_90a", help=archs)
     parser.add_argument(
         "--head-dim", action="extend", type=head_dims, help="64, 128, or 64,128; repeatable (default 128)"
     )
@@ -103,7 +104,7 @@ def _configs(options: argparse.Namespace) -> list[Any]:
     found = [
         each.config(options.arch, getattr(torch, options.dtype), head_dim)
         for each in problems
-        if each.boxes is not None
+        if each.boxes_for(options.arch) is not None
         for head_dim in options.head_dim
     ]
     if why := [reason for config in found for reason in obstacles(config)]:
@@ -157,7 +158,7 @@ def _command(spec: GNA, options: argparse.Namespace) -> str:
 
 
 def _doctor_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--quick", action="store_true", help="a few checks of each kind (about 15 seconds)")
+    parser.add_argument("--quick", action="store_true", help="a few checks of each kind (about 20 seconds)")
     parser.add_argument("--again", action="store_true", help="prove kernels anew, whatever is on record")
     parser.add_argument("--device", help="cpu, cuda:1, ... (default cuda:0 if there is one, else cpu)")
 

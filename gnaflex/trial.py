@@ -48,8 +48,10 @@ class Case(NamedTuple):
 
 def cases(config: Any) -> Iterator[Case]:
     """Problems whose stride groups are the query box, so that it needs no masks; uneven on every axis."""
+    from gnaflex.cuda_backend.config import HALVES
+
     q, kv = config.q_box, config.kv_box
-    text = (37, 130, 5) if config.text else (0, 0, 0)
+    text = (37, 130, 5) if config.text else (0, 0, 0)  # three times 128 queries: one without a partner
     runs = sum(map(bool, text))
     window = tuple(max(a, b + 1) for a, b in zip(q, kv, strict=True))
     window = tuple(w + (w % b == 0 and b > 1) for w, b in zip(window, kv, strict=True))
@@ -73,6 +75,8 @@ def cases(config: Any) -> Iterator[Case]:
     if runs:
         yield Case("valid text", GNA(shape, whole, q), text, 2, valid=((5, 999, -3), (0, 64, 5)))
         yield Case("keys alone", GNA(shape, whole, q), (0, 0, 300), 1)
+    if HALVES[config.arch] == 2:
+        yield Case("shifted pairs", _shifted(q, kv), text, 2, 3, 1, blocks=3)
 
 
 def _lengthened(window: Tile, q: Tile, kv: Tile) -> Iterator[Tile]:
@@ -80,6 +84,13 @@ def _lengthened(window: Tile, q: Tile, kv: Tile) -> Iterator[Tile]:
     for axis in range(len(window)):
         longer = 5 * kv[axis] + max(q[axis], 3)
         yield (*window[:axis], longer, *window[axis + 1 :])
+
+
+def _shifted(q: Tile, kv: Tile) -> GNA:
+    """One box of queries for every key box, most of them whole tiles after another along the first axis."""
+    step = math.lcm(q[0], kv[0])
+    window = step + kv[0] + (kv[0] > 1)
+    return GNA((window + 2 * step + q[0], *q[1:]), (window, *q[1:]), q)
 
 
 def inputs(case: Case, config: Any, device: torch.device) -> list[Tensor]:
@@ -142,11 +153,12 @@ def rounded(q: Tensor, k: Tensor, v: Tensor, pairs: Tensor, scale: float | None)
 
 def disagreement(case: Case, config: Any, device: torch.device, launcher: Any) -> str:
     """What is wrong with a kernel's results for a case, or ""."""
+    from gnaflex.cuda_backend.config import HALVES
     from gnaflex.cuda_backend.fast_path import Lane, Problem, of_plan
 
     problem = Problem(case.spec, *case.texts)
     plan = Plan(case.spec, config.q_box, config.kv_box, "dynamic", math.prod(config.q_box))
-    launches, valid = of_plan(problem, plan, device)
+    launches, valid = of_plan(problem, plan, device, HALVES[config.arch])
     if case.valid is not None:
         valid = torch.tensor(case.valid, dtype=torch.int32, device=device)
     q, k, v = inputs(case, config, device)

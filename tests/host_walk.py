@@ -1,4 +1,4 @@
-"""The integer code of the Hopper kernel, compiled for the CPU: what a launch would load, count and store.
+"""The integer code of the kernels, compiled for the CPU: what a launch would load, count and store.
 
 Work items, tiles, tensor views and output rows are the kernel's own functions. What only a GPU has is spelled
 out here: TMA's zeros beyond a tensor, and the vote of a warp over which rows of a tile are keys.
@@ -13,26 +13,27 @@ import cutlass.cute as cute
 import torch
 from cutlass import Boolean, Float32, Int16, Int32, Int64
 from gnaflex.cuda_backend.abi import PARTS, counts
-from gnaflex.cuda_backend.compile import _arguments
+from gnaflex.cuda_backend.compile import _arguments, kernel_of
 from gnaflex.cuda_backend.config import KernelConfig
-from gnaflex.cuda_backend.sm90_attend import (
-    Attend,
-    Grid,
+from gnaflex.cuda_backend.items import (
     Item,
+    Pair,
     Schedule,
     Texts,
     key_box,
     key_line,
     number_of,
+    sees,
     slot,
+    tile_of,
     turns,
-    view,
 )
 from gnaflex.cuda_backend.tile_walk import Q_ROWS, SPANS, TEXTS, unravel
+from gnaflex.cuda_backend.views import Grid, view
 
-KIND, ITEM, RESULT = 0, 1, 5  # columns of a log
+KIND, ITEM, RESULT, TILE = 0, 1, 5, 6  # columns of a log
 MARKS = slice(2, 5)  # and those between: token, head and batch entry of what is loaded, -1 for nothing
-COLUMNS = 6
+COLUMNS = 7
 QUERY, KEY = 1, 2  # kinds
 POINTERS = {"lse": (Float32, 4), "work": (Int32, 4), "valid": (Int32, 4)}  # else tokens, 16 bytes
 NUMBERS = {"q": Int64, "i": Int32, "f": Float32}
@@ -46,14 +47,15 @@ def marked(batch: int, heads: int, tokens: int) -> torch.Tensor:
 
 
 class Walk:
-    """Called like the kernel's ``launch``, with room for a log: [entries, COLUMNS] int32, item by item.
+    """Called like the kernel's ``launch``, with room for a log: [entries, COLUMNS] int32.
 
     An item has an entry for each of its ``Q_ROWS`` rows, whose result is the row of the log-sum-exp that it
-    stores (-1: none), then one for each row of its tiles, whose result is 1 if it counts as a key.
+    stores (-1: none), then one for each row of its tiles, whose result is 1 if it counts as a key, and the
+    number of the tile among the item's. The halves of a pair are items; tiles are brought for both.
     """
 
     def __init__(self, config: KernelConfig) -> None:
-        self.kernel, self.config = Attend(config), config
+        self.kernel, self.config = kernel_of(config), config
         log = cute.runtime.make_ptr(Int32, 16, cute.AddressSpace.gmem, assumed_align=4)
         self.compiled = cute.compile(self.walk, *_arguments(config, self.kernel.dtype), log, Int32(1))
 
@@ -97,35 +99,66 @@ class Walk:
         known = cute.make_tensor(valid, cute.make_layout((batch, TEXTS), stride=(valid_step, 1)))
         out = cute.make_tensor(log, cute.make_layout((room + 1, COLUMNS), stride=(COLUMNS, 1)))
         grid = (lengths, steps, group_steps, groups, start)
-        by_box = [view(x, Grid(*grid), kernel.D) for x in (mQ, mK)]
-        by_line = [view(x, Grid((n,), (1,), (), (), 0), kernel.D) for x, n in ((mQ, queries), (mK, keys))]
+        self.q_views, self.k_views = (
+            (view(x, Grid(*grid), kernel.D), view(x, Grid((rows,), (1,), (), (), 0), kernel.D))
+            for x, rows in ((mQ, queries), (mK, keys))
+        )
+        self.share = heads // kv_heads
         extra = Texts(texts, keys, known) if kernel.text else None
         schedule = Schedule(mW, (heads, batch, *groups), extra, kernel)
         n = Int32(0)
         for block in cutlass.range(blocks, unroll=1):
             for turn in cutlass.range(turns(schedule, block, blocks), unroll=1):
                 number = number_of(schedule, block, blocks, turn)
-                item = Item(schedule, number)
-                for row in cutlass.range(Q_ROWS, unroll=1):
-                    out[n, KIND], out[n, ITEM] = Int32(QUERY), number
-                    is_token, token = self.token(row, item, grid)
-                    stored = (item.batch * heads + item.head) * queries + token
-                    out[n, RESULT] = cutlass.select_(is_token, stored, Int32(-1))
-                    self.load_query(out, n, by_box[0], by_line[0], item, row)
-                    n = cutlass.min(n + 1, room)
-                for i in cutlass.range(item.tiles, unroll=1):
-                    for row in cutlass.range(kernel.rows, unroll=1):
-                        out[n, KIND], out[n, ITEM] = Int32(KEY), number
-                        self.load_key(out, n, by_box[1], by_line[1], item, (i, row, heads // kv_heads))
-                        n = cutlass.min(n + 1, room)
+                if cutlass.const_expr(kernel.halves == 1):
+                    item = Item(schedule, number)
+                    n = self.queries(out, n, item, number, grid, (heads, queries), room)
+                    for i in cutlass.range(item.tiles, unroll=1):
+                        n = self.tile(out, n, (item, item.boxes, i), (item, i), number, room)
+                else:
+                    pair = Pair(schedule, number)
+                    for h in cutlass.range_constexpr(kernel.halves):
+                        if pair.present[h] == 1:
+                            item = pair.halves[h]
+                            n = self.queries(out, n, item, 2 * number + h, grid, (heads, queries), room)
+                    for j in cutlass.range(pair.tiles, unroll=1):
+                        for h in cutlass.range_constexpr(kernel.halves):
+                            if sees(pair, h, j):
+                                brought = pair.halves[0], pair.boxes, j
+                                mine = pair.halves[h], tile_of(pair, h, j)
+                                n = self.tile(out, n, brought, mine, 2 * number + h, room)
+
+    @cute.jit
+    def queries(self, out: Any, n: Int32, item: Any, number: Any, grid: Any, shape: Any, room: Any):
+        """The rows of an item."""
+        heads, queries = shape
+        for row in cutlass.range(Q_ROWS, unroll=1):
+            out[n, KIND], out[n, ITEM] = Int32(QUERY), number
+            is_token, token = self.token(row, item, grid)
+            stored = (item.batch * heads + item.head) * queries + token
+            out[n, RESULT] = cutlass.select_(is_token, stored, Int32(-1))
+            self.load_query(out, n, item, row)
+            n = cutlass.min(n + 1, room)
+        return n
+
+    @cute.jit
+    def tile(self, out: Any, n: Int32, brought: Any, mine: Any, number: Any, room: Any):
+        """The rows of a tile: which it is among those that are brought, and among the item's own."""
+        for row in cutlass.range(self.kernel.rows, unroll=1):
+            out[n, KIND], out[n, ITEM], out[n, TILE] = Int32(KEY), number, mine[1]
+            self.load_key(out, n, brought, row)
+            self.count_key(out, n, mine, row)
+            n = cutlass.min(n + 1, room)
+        return n
 
     def token(self, *arguments: Any) -> Any:
         """The kernel's; CuTe carries what methods are called on through a loop, all but ``self``."""
         return self.kernel.token(*arguments)
 
     @cute.jit
-    def load_query(self, out: Any, n: Int32, by_box: Any, by_line: Any, item: Any, row: Int32):
-        """As ``Attend.produce`` brings a row of queries: boxes may have fewer than 128."""
+    def load_query(self, out: Any, n: Int32, item: Any, row: Int32):
+        """As ``bring_box_of_queries`` brings a row: boxes may have fewer than 128."""
+        by_box, by_line = self.q_views
         is_text = item.is_text if self.kernel.text else Boolean(False)
         if is_text:
             if cutlass.const_expr(self.kernel.text):
@@ -139,23 +172,36 @@ class Walk:
                     out[n, c] = Int32(-1)
 
     @cute.jit
-    def load_key(self, out: Any, n: Int32, by_box: Any, by_line: Any, item: Any, which: Any):
-        """As ``Attend.produce`` brings a row of a tile, and ``Attend.mask`` hides it."""
-        i, row, share = which
+    def load_key(self, out: Any, n: Int32, brought: Any, row: Int32):
+        """As ``bring_tile`` brings a row."""
+        item, boxes, i = brought
+        by_box, by_line = self.k_views
+        head = item.head // self.share
+        if i < boxes:
+            first, _ = key_box(item, i, self.kernel.kv_box)
+            inside = unravel(row, self.config.kv_box)[::-1]
+            at = tuple(f + p for f, p in zip(first, inside, strict=True))
+            self.load(out, n, by_box, at, item, head)
+        else:
+            if cutlass.const_expr(self.kernel.text):
+                start, _ = key_line(item, i - boxes, self.kernel.rows)
+                self.load(out, n, by_line, (start + row,), item, head)
+
+    @cute.jit
+    def count_key(self, out: Any, n: Int32, mine: Any, row: Int32):
+        """As ``mask`` hides a row of a tile."""
+        item, i = mine
         if i < item.boxes:
-            first, left = key_box(item, i, self.kernel.kv_box)
+            _, left = key_box(item, i, self.kernel.kv_box)
             inside = unravel(row, self.config.kv_box)[::-1]
             is_key = Boolean(True)
             for a in cutlass.range_constexpr(self.config.rank):
                 is_key = cutlass.and_(is_key, inside[a] < left[a])
             out[n, RESULT] = Int32(cutlass.select_(item.clips, is_key, Boolean(True)))
-            at = tuple(f + p for f, p in zip(first, inside, strict=True))
-            self.load(out, n, by_box, at, item, item.head // share)
         else:
             if cutlass.const_expr(self.kernel.text):
-                start, left = key_line(item, i - item.boxes, self.kernel.rows)
+                _, left = key_line(item, i - item.boxes, self.kernel.rows)
                 out[n, RESULT] = Int32(row < left)
-                self.load(out, n, by_line, (start + row,), item, item.head // share)
 
     @cute.jit
     def load(self, out: Any, n: Int32, viewed: Any, at: Any, item: Any, head: Int32):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import ctypes
 import dataclasses
 import importlib.util
 import json
@@ -12,9 +13,11 @@ import threading
 
 import pytest
 import torch
-from gnaflex.cuda_backend import cache, gate, machine, nearest, proof
+from gnaflex.cuda_backend import cache, compile, gate, machine, nearest, proof
+from gnaflex.cuda_backend.config import HALVES
+from gnaflex.cuda_backend.fast_path import Problem
 from gnaflex.cuda_backend.tile_walk import chosen
-from hopper import hopper  # noqa: F401
+from hopper import blackwell, hopper  # noqa: F401
 from stand_in import StandIn
 from torch.autograd import forward_ad
 from torch.nn.attention.flex_attention import AuxRequest, create_block_mask
@@ -252,14 +255,15 @@ def obstacle(monkeypatch, capability=(9, 0), cuda="13.0", spec="found"):
 
 def test_machines(monkeypatch):
     monkeypatch.delenv("GNAFLEX_KERNELS", raising=False)
-    needs = "it needs an NVIDIA GPU of the Hopper family, the query is on"
-    assert reasons_of(mask()) == [f"{needs} cpu"]
-    assert reasons_of(mask(SLIDING)) == [f"{needs} cpu", OBSTACLES["sliding"][1]]
-    assert obstacle(monkeypatch) == ""
-    assert obstacle(monkeypatch, cuda=None) == f"{needs} cuda:1"  # ROCm
-    for other in ((8, 9), (9, 1), (10, 0)):
-        needs = f"it needs a GPU of compute capability 9.0 (Hopper): cuda:1 has {other[0]}.{other[1]}"
-        assert obstacle(monkeypatch, other) == needs
+    needs = "it needs a Hopper or Blackwell data-centre GPU (compute capability 9.0, 10.0, 10.3)"
+    assert reasons_of(mask()) == [f"{needs}, the query is on cpu"]
+    assert reasons_of(mask(SLIDING)) == [f"{needs}, the query is on cpu", OBSTACLES["sliding"][1]]
+    for known, arch in (((9, 0), "sm_90a"), ((10, 0), "sm_100a"), ((10, 3), "sm_103a")):
+        assert obstacle(monkeypatch, known) == ""
+        assert machine.architecture.__wrapped__(torch.device("cuda", 1)) == arch
+    assert obstacle(monkeypatch, cuda=None) == f"{needs}, the query is on cuda:1"  # ROCm
+    for other in ((8, 9), (9, 1), (10, 1), (11, 0), (12, 0)):
+        assert obstacle(monkeypatch, other) == f"{needs}: cuda:1 has {other[0]}.{other[1]}"
     assert obstacle(monkeypatch, spec=None) == "CuTe DSL is not installed: pip install 'gnaflex[cuda]'"
 
 
@@ -286,7 +290,7 @@ def explained(spec):
     return gnaflex.explain(x, x, x, mask(spec))
 
 
-@pytest.mark.usefixtures("hopper")
+@pytest.mark.parametrize("machine_like", ["hopper", "blackwell"])
 @pytest.mark.parametrize(
     "spec",
     [
@@ -299,10 +303,22 @@ def explained(spec):
     ],
     ids=str,
 )
-def test_problems_that_must_qualify(spec):
+def test_problems_that_must_qualify(machine_like, spec, request):
+    request.getfixturevalue(machine_like)
     assert explained(spec).backend == "cuda"
-    for extent, axis in zip(chosen(spec).q_tile, spec.axes, strict=True):
+    boxes = chosen(spec, HALVES[machine.architecture(torch.device("cpu"))])
+    for extent, axis in zip(boxes.q_tile, spec.axes, strict=True):
         assert extent == 1 or not (axis.is_causal or axis.stride == 1 < axis.window < axis.length)
+
+
+@pytest.mark.usefixtures("hopper")
+def test_thin_boxes_are_worth_it_where_flexattention_is_slower(monkeypatch):
+    spec = GNA((30, 48, 80), VIDEO, (2, 4, 2))
+    x, bm = torch.empty(1, 1, spec.num_tokens, 64, dtype=torch.bfloat16), mask(spec)
+    assert chosen(spec) == chosen(spec, 2)
+    for arch, backend in (("sm_90a", "flex"), ("sm_100a", "cuda"), ("sm_103a", "cuda"), ("sm_90a", "flex")):
+        monkeypatch.setattr(machine, "architecture", lambda device, arch=arch: arch)
+        assert gnaflex.explain(x, x, x, bm).backend == backend
 
 
 @pytest.mark.usefixtures("hopper")
@@ -319,6 +335,35 @@ def test_the_nearest_problem(fields):
 def test_what_is_nearest_to_itself_and_to_nothing():
     assert nearest(one := GNA((33, 45, 80), VIDEO, (16, 8, 8))) == one
     assert nearest(GNA((64, 64), 3)) is None
+
+
+LINKED = """
+char gnaflex_attend_function_name[] = "attend";
+int devices;
+void _mlir_gnaflex_attend_cuda_init(void **a) { *(int *)a[1] = 0; }
+void _mlir_gnaflex_attend_cuda_load_to_device(void **a) { devices |= 1 << *(int *)a[1]; *(int *)a[2] = 0; }
+void attend(void **a) {}
+"""
+
+
+@pytest.mark.parametrize("arch, devices", [("sm_90a", 0b100), ("sm_100a", 0b10010), ("sm_103a", 0b1000)])
+def test_a_linked_kernel_is_loaded_where_it_can_run(arch, devices, monkeypatch, tmp_path):
+    source, library = tmp_path / "kernel.c", tmp_path / f"{arch}.so"
+    source.write_text(LINKED)
+    subprocess.run(["cc", "-shared", "-fPIC", "-o", str(library), str(source)], check=True)
+    found = ((8, 0), (10, 0), (9, 0), (10, 3), (10, 0), (12, 0))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: len(found))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda number: found[number])
+    assert compile.from_shared(library, 2, arch)
+    assert ctypes.c_int.in_dll(ctypes.CDLL(str(library)), "devices").value == devices
+
+
+def test_a_linked_kernel_is_taken_first(monkeypatch, tmp_path):
+    monkeypatch.setenv("GNAFLEX_KERNELS", str(tmp_path))
+    monkeypatch.setattr(gate, "from_shared", lambda *given: given)
+    config = Problem(BLOCKED).config("sm_100a", torch.float16, 64)
+    (tmp_path / gate.linked_name(config)).touch()
+    assert gate.load(config) == (tmp_path / gate.linked_name(config), 2, "sm_100a")
 
 
 # ---- the gate ----------------------------------------------------------------------------------------

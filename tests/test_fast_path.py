@@ -1,4 +1,4 @@
-"""Kernels behind the public door, on a machine that looks like Hopper: values, layouts, launches, the trial.
+"""Kernels behind the public door, on machines that look like a GPU: values, layouts, launches, the trial.
 
 The stand-in computes in float64 from the numbers of a launch alone, and rounds once, as the reference does.
 """
@@ -14,9 +14,9 @@ import pytest
 import torch
 from cases import random_spec
 from gnaflex.cuda_backend import machine
-from gnaflex.cuda_backend.config import KernelConfig
-from gnaflex.cuda_backend.tile_walk import Q_ROWS, chosen
-from hopper import hopper  # noqa: F401
+from gnaflex.cuda_backend.config import HALVES, KernelConfig
+from gnaflex.cuda_backend.tile_walk import Q_ROWS, chosen, pair_counts
+from hopper import blackwell, hopper  # noqa: F401
 from stand_in import DTYPES, StandIn, at
 from torch.nn.attention.flex_attention import AuxRequest
 
@@ -25,18 +25,24 @@ from gnaflex import door
 from gnaflex.spec import GNA
 from gnaflex.trial import trial
 
-pytestmark = pytest.mark.usefixtures("hopper")
 CPU = torch.device("cpu")
 BLOCKED = GNA((16, 16), 8, 8)
-ARE_QUERIES = 6  # in texts, as abi.py has it
+ARE_QUERIES, ROUNDS = 6, 7  # in texts, as abi.py has it
 SCALES = (None, 0.3, -0.2, 0)
 
 
 mask = partial(gnaflex.block_mask, device=CPU)
+on_hopper = pytest.mark.usefixtures("hopper")
 
 
-def calls_of(hopper):  # noqa: F811
-    return [call for kernel in hopper.values() for call in kernel.calls]
+@pytest.fixture(params=["hopper", "blackwell"])
+def opened(request):
+    """The kernels that were opened on either machine."""
+    return request.getfixturevalue(request.param)
+
+
+def calls_of(opened):
+    return [call for kernel in opened.values() for call in kernel.calls]
 
 
 def assert_one_rounding(got, expected):
@@ -89,7 +95,8 @@ def lengths_of(rng, texts, batch):
     return torch.tensor(each, dtype=dtype)
 
 
-@pytest.mark.parametrize("seed", range(100))
+@pytest.mark.usefixtures("opened")
+@pytest.mark.parametrize("seed", range(50))
 def test_random_calls(seed):
     rng = random.Random(seed)
     spec, batch = block_sparse(rng), rng.randint(1, 3)
@@ -121,15 +128,16 @@ def test_random_calls(seed):
     ],
     ids=str,
 )
-def test_a_launch_for_every_combination_of_group_lengths(hopper, spec, launches):  # noqa: F811
+def test_a_launch_for_every_combination_of_group_lengths(opened, spec, launches):
     bm = mask(spec, prefix=5, suffix=130)
     assert_as_reference(*tensors(bm, heads=4), bm)
-    calls = calls_of(hopper)
+    calls = calls_of(opened)
     assert len(calls) == launches
     assert sum(call["texts"][ARE_QUERIES] for call in calls) == 1
     assert all(one == 1 for one, causal in zip(chosen(spec).q_tile, spec.is_causal, strict=True) if causal)
 
 
+@on_hopper
 def test_what_comes_back():
     given = tensors(bm := mask(BLOCKED))
     for _ in range(2):  # the second time by a lane
@@ -152,6 +160,7 @@ def test_tensors_are_read_where_they_lie(hopper, layout):  # noqa: F811
     assert out.shape == q.shape
 
 
+@on_hopper
 def test_queries_in_another_layout_than_keys_and_values():
     bm = mask(BLOCKED, suffix=9, extra_kv=30)
     for one, other, third in (("packed", "padded", "heads_last"), ("padded", "repeated", "packed")):
@@ -160,6 +169,7 @@ def test_queries_in_another_layout_than_keys_and_values():
         assert_as_reference(q, k, v, bm, scale=-1.5)
 
 
+@on_hopper
 def test_a_dimension_of_one_may_have_any_stride():
     given = tensors(bm := mask(BLOCKED), 1, 1, 1)
     assert_as_reference(*(x.as_strided(x.shape, (7, 3, 64, 1)) for x in given), bm)
@@ -219,21 +229,36 @@ def test_gradients_never_go_to_a_kernel(hopper, which):  # noqa: F811
     assert len(calls_of(hopper)) == 2
 
 
-def items_of(call):
-    """The work of a launch: boxes of every group, head and batch entry, and lines of text queries."""
+def items_of(call, halves=1):
+    """The work of a launch: boxes of every group, head and batch entry, and lines of text queries, so many at
+    once."""
     (batch, heads, *_, boxes, _), texts = call["sizes"], call["texts"]
     lines = texts[ARE_QUERIES] * sum(-(-n // Q_ROWS) for n in texts[:2])
-    return batch * heads * (boxes * torch.tensor(call["groups"]).prod().item() + lines)
+    return batch * heads * (boxes // halves * math.prod(call["groups"]) + -(-lines // halves))
 
 
 @pytest.mark.parametrize("multiprocessors", [1, 5, 1000])
-def test_blocks(hopper, monkeypatch, multiprocessors):  # noqa: F811
+def test_blocks(opened, monkeypatch, multiprocessors):
     monkeypatch.setattr(machine, "multiprocessors", lambda device: multiprocessors)
     bm = mask(GNA((21, 12), (4, 4), (4, 4), (4, 1)), prefix=129, extra_kv=300)
     assert_as_reference(*tensors(bm, 2, 4), bm)
-    calls = calls_of(hopper)
-    assert [call["blocks"] for call in calls] == [min(items_of(call), multiprocessors) for call in calls]
-    assert len({items_of(call) for call in calls}) == len(calls) == 2
+    calls, ((config, _),) = calls_of(opened), opened
+    items = [items_of(call, HALVES[config.arch]) for call in calls]
+    assert [call["blocks"] for call in calls] == [min(n, multiprocessors) for n in items]
+    assert len(set(items)) == len(calls) == 2
+
+
+def test_blackwell_takes_boxes_in_pairs(hopper, blackwell):  # noqa: F811
+    spec = GNA((24, 32), (12, 8), (2, 8))
+    assert_as_reference(*tensors(bm := mask(spec, suffix=300), 2, 2), bm)
+    assert not hopper
+    (call,), ((config, _),) = calls_of(blackwell), blackwell
+    boxes = chosen(spec, 2)
+    assert (config.arch, config.q_box, config.kv_box) == ("sm_100a", boxes.q_tile, boxes.kv_tile)
+    assert call["sizes"][5] > boxes.query_tiles
+    both, alone = pair_counts(boxes)
+    pairs, text = call["sizes"][5] // 2, math.ceil(300 / 48)
+    assert call["texts"][ROUNDS] == round((768 / 48 + text) / ((both + alone) / pairs + text)) == 2
 
 
 def test_an_empty_batch(hopper):  # noqa: F811
@@ -291,6 +316,38 @@ def fewer_keys(rest):
         return {"work": work}
 
     return mistake
+
+
+def of_second(keys=None, later=True):
+    """Second halves with so many keys, or with the first key of the first half."""
+
+    def mistake(kernel, numbers):
+        rank, boxes = kernel.config.rank, numbers["sizes"][5]
+        work = at(numbers["work"], torch.int32, (boxes, 3, rank), (3 * rank, rank, 1)).clone()
+        if keys is not None:
+            work[1::2, 2] = keys
+        if not later:
+            work[1::2, 1] = work[::2, 1]
+        return {"work": work}
+
+    return mistake
+
+
+def all_present(kernel, numbers):
+    """A half that is none as if it had text to see, or else a key."""
+    rank, boxes = kernel.config.rank, numbers["sizes"][5]
+    work = at(numbers["work"], torch.int32, (boxes, 3, rank), (3 * rank, rank, 1)).clone()
+    work[1::2, 2] = work[1::2, 2].clamp(min=1)
+    return {"work": work}
+
+
+def without_last_text(kernel, numbers):
+    """As if text queries without a partner were none."""
+    texts = numbers["texts"][:2]
+    if sum(-(-n // Q_ROWS) for n in texts) % 2 and numbers["texts"][ARE_QUERIES]:
+        out = kernel.tensor(numbers, "o")
+        first = out.shape[2] - (texts[1] - 1) % Q_ROWS - 1
+        out[:, :, first:] = math.nan
 
 
 def swap(name):
@@ -369,6 +426,12 @@ AFTER = {
     "swaps two rows": (swap("o"), "clipped"),
     "a block does one item": (one_item, "clipped tiles, many a block"),
 }
+IN_PAIRS = {
+    "drops second halves": (of_second(keys=0), "clipped"),
+    "starts where the first half does": (of_second(later=False), "shifted"),
+    "takes a half that is none": (all_present, "clipped"),
+    "drops the last text queries": (without_last_text, "clipped"),
+}
 RIGHT = [
     KernelConfig("sm_90a", *fields)
     for fields in (
@@ -381,22 +444,39 @@ RIGHT = [
         ("float16", 64, (1, 2, 8), (2, 2, 4), True),
     )
 ]
+PAIRED = [
+    KernelConfig("sm_100a", *fields)
+    for fields in (
+        ("float16", 64, (8,), (48,), True),
+        ("bfloat16", 64, (2, 4, 4), (2, 2, 4), False),
+        ("float16", 64, (1, 2, 8), (2, 2, 4), True),
+        ("bfloat16", 128, (4, 8), (4, 4), False),
+    )
+]
 # fmt: on
 
 
-@pytest.mark.parametrize("kernel", RIGHT, ids=lambda one: one.name)
+@on_hopper
+@pytest.mark.parametrize("kernel", RIGHT + PAIRED, ids=lambda one: one.name)
 def test_a_right_kernel_is_proved(kernel):
     assert trial(kernel, CPU, StandIn(kernel)) == ("proved", "")
 
 
-@pytest.mark.parametrize("name", [*MISTAKES, *AFTER])
-def test_a_wrong_kernel_is_not(name):
-    mistake, case = {**MISTAKES, **AFTER}[name]
-    outcome, reason = trial(RIGHT[0], CPU, Wrong(RIGHT[0], mistake, name in AFTER))
+@on_hopper
+@pytest.mark.parametrize(
+    "kernel, name",
+    [*((RIGHT[0], name) for name in [*MISTAKES, *AFTER]), *((PAIRED[0], name) for name in IN_PAIRS)],
+    ids=lambda one: one if isinstance(one, str) else one.arch,
+)
+def test_a_wrong_kernel_is_not(kernel, name):
+    mistake, case = {**MISTAKES, **AFTER, **IN_PAIRS}[name]
+    after = name in AFTER or mistake is without_last_text
+    outcome, reason = trial(kernel, CPU, Wrong(kernel, mistake, after))
     assert outcome == "failed"
     assert reason.startswith(case)
 
 
+@on_hopper
 def test_no_memory_says_nothing_about_a_kernel():
     crowded = Mock(side_effect=torch.OutOfMemoryError("CUDA out of memory.\nMore."))
     assert trial(RIGHT[0], CPU, crowded) == ("inconclusive", "CUDA out of memory.")

@@ -1,4 +1,4 @@
-"""Hopper kernels where there is a Hopper GPU: values, layouts, graphs, streams, compiled functions.
+"""Kernels where there is a GPU that runs them: values, layouts, graphs, streams, compiled functions.
 
 Without one everything here is skipped. The checks take a device: test_gpu_suite.py runs them on a CPU, with a
 stand-in for the kernels. The kernels are those of benchmarks.gpu_items, which a machine without CuTe DSL has
@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from gnaflex.cuda_backend import gate, machine, proof
+from gnaflex.cuda_backend.config import HALVES
 from gnaflex.cuda_backend.fast_path import Lane, Problem, layout_obstacle, of_plan
 from gnaflex.cuda_backend.tile_walk import Q_ROWS
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -155,7 +156,7 @@ def check(config, launcher, one, device, seed=0):
     assert not [why for x in tokens if (why := layout_obstacle("tensor", x))]
     before = [x.clone() for x in tokens]
     plan = Plan(one.problem.spec, config.q_box, config.kv_box, "dynamic", Q_ROWS)
-    launches, valid = of_plan(one.problem, plan, device)
+    launches, valid = of_plan(one.problem, plan, device, HALVES[config.arch])
     if one.valid is not None:
         valid = torch.tensor(one.valid, dtype=torch.int32, device=device)
     lane = Guarded(*tokens, launches, launcher, one.scale, valid)

@@ -21,8 +21,8 @@ import numpy as np
 import pytest
 import test_gpu
 import torch
-from gnaflex.cuda_backend import cache, compile, gate
-from gnaflex.cuda_backend.config import KernelConfig, obstacles
+from gnaflex.cuda_backend import cache, compile, gate, machine, tile_walk
+from gnaflex.cuda_backend.config import ARCHITECTURES, HALVES, KernelConfig, obstacles
 from gnaflex.cuda_backend.fast_path import Problem
 from hopper import hopper  # noqa: F401
 from stand_in import DTYPES, StandIn, at
@@ -38,6 +38,8 @@ LITTLE = [
     KernelConfig("sm_90a", "bfloat16", 64, (2, 4), (2, 8), True),
     KernelConfig("sm_90a", "float16", 128, (8,), (16,), True),
     KernelConfig("sm_90a", "bfloat16", 64, (2, 2, 2), (2, 2, 4), False),
+    KernelConfig("sm_100a", "bfloat16", 64, (2, 4), (2, 8), True),
+    KernelConfig("sm_100a", "bfloat16", 64, (2, 2, 2), (2, 2, 4), False),
 ]
 FEW = GNA((8, 16), 8, 8)
 
@@ -45,14 +47,26 @@ FEW = GNA((8, 16), 8, 8)
 # ---- the checks of test_gpu.py -----------------------------------------------------------------------
 
 
-def test_there_are_kernels_for_all_that_goes_through_the_door():
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_there_are_kernels_for_all_that_goes_through_the_door(arch):
+    configs = gpu_items.configs(arch)
     for dtype, head_dim, problem in test_gpu.DOOR:
-        assert problem.config(gpu_items.ARCH, dtype, head_dim) in test_gpu.CONFIGS, problem
+        assert problem.config(arch, dtype, head_dim) in configs, problem
     for spec in (test_gpu.SMALL, gpu_items.TINY):
-        assert gpu_items.kernel(Problem(spec)) in test_gpu.CONFIGS
-    assert not [why for config in gpu_items.configs() for why in obstacles(config)]
-    names = [config.name for config in gpu_items.configs()]
+        assert gpu_items.kernel(Problem(spec), arch) in configs
+    assert not [why for config in configs for why in obstacles(config)]
+    names = [config.name for config in configs]
     assert len({*names}) == len(names)
+
+
+def test_the_architecture_is_that_of_the_device(monkeypatch):
+    assert [config for config in gpu_items.configs() if not config.loads_only] == test_gpu.CONFIGS
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for found, arch in (((9, 0), "sm_90a"), ((10, 0), "sm_100a"), ((10, 3), "sm_103a"), ((8, 0), "sm_90a")):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, found=found: found)
+        assert gpu_items._arch() == arch
+        monkeypatch.setattr(gpu_items, "ARCH", arch)
+        assert {config.arch for config in gpu_items.configs()} == {arch}
 
 
 @pytest.mark.usefixtures("hopper")
@@ -241,16 +255,23 @@ def counted_bound(problem, boxes):
     return tiles * rows / (math.ceil(tokens / 128) * math.ceil((tokens + extra) / 128) * 128)
 
 
-@pytest.mark.usefixtures("dry")
+@pytest.fixture(params=["sm_90a", "sm_100a"])
+def arch(request, monkeypatch, dry):
+    """Of the device at hand."""
+    monkeypatch.setattr(machine, "architecture", lambda device: request.param)
+    monkeypatch.setattr(gpu_items, "ARCH", request.param)
+    return request.param
+
+
 @pytest.mark.parametrize("name", PROBLEMS)
-def test_a_timed_problem(name):
+def test_a_timed_problem(arch, name):
     problem, heads = PROBLEMS[name]
+    boxes = problem.boxes_for(arch)
+    bound = counted_bound(problem, boxes)
     if problem.prefix or problem.extra_kv:  # no problem of the suite has them: by formula alone
-        bound = counted_bound(problem, problem.boxes)
-        assert gpu_items._bound(problem, problem.boxes) == pytest.approx(bound)
+        assert gpu_items._bound(problem, boxes) == pytest.approx(bound)
         return
     found = rows(gpu_items.timed(name))
-    bound = counted_bound(problem, problem.boxes)
     assert found[f"{name}: fraction of the achievable"].median == pytest.approx(bound)
     assert found[f"{name}: fraction of the achievable"].note == f"dense time x {bound:.4f}"
     for what in ("over dense cuDNN", "over FlexAttention"):
@@ -298,19 +319,29 @@ def test_what_does_not_run_is_told(monkeypatch, capsys):
     assert "ragged: cuda runs" in [next(measured).what for _ in range(3)]
 
 
-def test_box_loads(dry):
+def brought(problem, arch):
+    """Key tiles that come from memory: once for each box of queries, or for the two of a pair."""
+    boxes, halves = problem.boxes_for(arch), HALVES[arch]
+    (launch,) = tile_walk.launches(boxes, halves)
+    items = launch.work.reshape(-1, halves, *launch.work.shape[1:])
+    tiles = tile_walk.item_tiles(items, boxes.kv_tile).sum()
+    assert halves == 2 or tiles == counted_tiles(problem, boxes)
+    return tiles
+
+
+def test_box_loads(dry, arch):
     found = rows(gpu_items.box_loads())
     problem, heads = PROBLEMS[HUNYUAN]
     line = gpu_items._line()
+    both = (problem, problem.boxes_for(arch)), (line, line.boxes_for(arch))
     assert [kernel.config for kernel in dry] == [
-        KernelConfig("sm_90a", "bfloat16", 64, one.boxes.q_tile, one.boxes.kv_tile, False, True)
-        for one in (problem, line)
+        KernelConfig(arch, "bfloat16", 64, boxes.q_tile, boxes.kv_tile, False, True) for _, boxes in both
     ]
-    for what, one in (("boxes", problem), ("contiguous", line)):
-        moved = heads * counted_tiles(one, one.boxes) * math.prod(one.boxes.kv_tile) * 64 * (2 + 2)
+    for what, (one, boxes) in zip(("boxes", "contiguous"), both, strict=True):
+        moved = heads * brought(one, arch) * math.prod(boxes.kv_tile) * 64 * (2 + 2)
         (rate,) = (row.median for name, row in found.items() if name.startswith(f"keys and values by {what}"))
         assert rate == pytest.approx(moved / (MS / 1e3) / 1e12)
-    ratio = counted_tiles(line, line.boxes) / counted_tiles(problem, problem.boxes)
+    ratio = brought(line, arch) / brought(problem, arch)
     assert ratio < 1
     assert found["time of a tile, boxes over contiguous"].median == pytest.approx(ratio)
 
@@ -678,11 +709,13 @@ def test_items_print_rows_at_once(monkeypatch, capsys):
 
 
 def test_prepare(monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(gpu_items, "configs", lambda: LITTLE)
+    asked = []
+    monkeypatch.setattr(gpu_items, "configs", lambda arch: asked.append(arch) or LITTLE)
     monkeypatch.setattr(cache, "get", lambda config, build: f"{config.name} by {build.__name__}".encode())
     monkeypatch.setattr(compile, "to_shared", lambda code, path: path.write_bytes(code))
     folder = tmp_path / "a" / "b"
-    assert gpu_suite.main(["--prepare", str(folder)]) == 0
+    assert gpu_suite.main(["--prepare", str(folder), "--arch", "sm_100a"]) == 0
+    assert asked == ["sm_100a"]
     found = {path.name: path.read_text() for path in folder.iterdir()}
     assert found == {gate.linked_name(config): f"{config.name} by to_object" for config in LITTLE}
     assert gate._ahead(LITTLE[0]) is None

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 from gnaflex.cuda_backend import cache, gate, machine, proof
-from gnaflex.cuda_backend.config import DTYPES, HEAD_DIMS
+from gnaflex.cuda_backend.config import ARCHITECTURES, DTYPES, HEAD_DIMS
 from hopper import hopper  # noqa: F401 (a fixture)
 
 from gnaflex import dispatch, doctor, kernel_verbs
@@ -26,7 +26,7 @@ from gnaflex.paper import CONFIGURATIONS
 
 CPU = torch.device("cpu")
 VIDEO = ["6x12x20", "--window", "4x8x8", "--stride", "2x8x8"]
-QUICK = [config.name for config in doctor.variants("sm_90a", quick=True)]
+QUICK = [config.name for config in doctor.compiled(quick=True)]  # the first two are Hopper's
 OBJECT = b"\x7fELF" + bytes(1230)
 
 
@@ -105,8 +105,9 @@ def examined(capsys, *words, code=0):
 def test_doctor_compiles_kernels_and_compile_finds_them(capsys, monkeypatch, home):
     pytest.importorskip("cutlass", reason="kernels need CuTe DSL: pip install 'gnaflex[cuda]'")
     monkeypatch.setattr(doctor, "BACKENDS", ("reference",))
+    monkeypatch.setattr(doctor, "PROBLEMS", doctor.PROBLEMS[:1])
     rows, _ = examined(capsys, "--quick")
-    for config in doctor.variants("sm_90a", quick=True):
+    for config in doctor.compiled(quick=True):
         code = cache.stored(config)
         assert code.startswith(b"\x7fELF")
         assert rows[f"compile {config.name}"] == ("ok", f"compiled, {len(code):,} bytes")
@@ -125,6 +126,14 @@ def test_compile_of_a_problem(capsys, built, home):
     for line, name in zip(out.splitlines(), names, strict=False):
         assert re.fullmatch(rf"{name}  compiled  \d+\.\d s  1,234 bytes", line)
     assert (code, out.splitlines()[2:], err) == (0, [str(home / "kernels")], "")
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_compile_for_an_architecture(arch, capsys, built):
+    words = ["24x32", "--window", "12x8", "--stride", "2x8", "--arch", arch]
+    assert run(capsys, "compile", *words)[0] == 0
+    keys = (12, 8) if arch == "sm_90a" else (6, 8)  # in pairs, more tiles that both see
+    assert [(one.arch, one.q_box, one.kv_box) for one in built] == [(arch, (2, 8), keys)]
 
 
 @pytest.mark.parametrize("text", ["prefix", "suffix", "extra-kv"])
@@ -266,7 +275,7 @@ def test_the_suggested_command_is_short_where_the_given_one_is(capsys, built, mo
 @pytest.mark.parametrize(
     "words, says",
     [
-        (["--arch", "sm_80"], "--arch must be sm_90a: got sm_80"),
+        (["--arch", "sm_80"], "--arch must be sm_90a or sm_100a or sm_103a: got sm_80"),
         (["--head-dim", "64,96"], "--head-dim must be 64 or 128: got 96"),
         (["--head-dim", "64x128"], "'64x128' is not like 128, or 64,128"),
         (["--dtype", "float32"], "bfloat16"),
@@ -340,10 +349,10 @@ def test_a_healthy_machine(capsys, brief, built):
     not_run = rows.pop("kernels run"), rows.pop("cuda, float32")
     for result, detail in not_run:
         assert result == "not checked"
-        assert detail.startswith("it needs an NVIDIA GPU")
+        assert detail.startswith("it needs a Hopper or Blackwell")
     assert {result for result, _ in rows.values()} == {"ok"}
     assert [config.name for config in built] == QUICK
-    assert last == "5 ok, 0 failed, 2 not checked"
+    assert last == "7 ok, 0 failed, 2 not checked"
     assert rows[f"compile {QUICK[0]}"][1] == "compiled, 1,234 bytes"
     rows, _ = examined(capsys, "--quick")
     assert rows[f"compile {QUICK[0]}"][1] == "already there, 1,234 bytes"
@@ -351,8 +360,9 @@ def test_a_healthy_machine(capsys, brief, built):
 
 def test_the_whole_doctor(capsys, brief, built):
     rows, last = examined(capsys)
-    kinds = {(config.dtype, config.head_dim, config.rank, config.text) for config in built}
-    assert len(built) == len(kinds) == len(DTYPES) * len(HEAD_DIMS) * 3 * 2
+    kinds = {(config.arch, config.dtype, config.head_dim, config.rank, config.text) for config in built}
+    assert len(built) == len(kinds) == 2 * len(DTYPES) * len(HEAD_DIMS) * 3 * 2 + 2
+    assert {config.arch for config in built} == set(ARCHITECTURES)
     assert set(QUICK) <= {config.name for config in built}
     for config in built:
         assert rows.pop(f"compile {config.name}") == ("ok", "compiled, 1,234 bytes")
@@ -361,7 +371,7 @@ def test_the_whole_doctor(capsys, brief, built):
         *("cuda, bfloat16", "sdpa, bfloat16", "backward, float32"),
     ]
     assert len(rows["sdpa, bfloat16"][1].split("; ")) == len(doctor.PROBLEMS)
-    assert last == "28 ok, 0 failed, 3 not checked"
+    assert last == "54 ok, 0 failed, 3 not checked"
 
 
 def test_what_fails_is_told_and_the_others_go_on(capsys, monkeypatch):
@@ -451,6 +461,8 @@ def test_facts(facts, monkeypatch):
         f"- torch {torch.__version__}, CUDA {torch.version.cuda or 'none'}",
         "- device cpu: no GPU",
         "- kernels for sm_90a: compiled and checked statically, not run on a GPU by its authors",
+        "- kernels for sm_100a: compiled and checked statically, not run on a GPU by its authors",
+        "- kernels for sm_103a: compiled and checked statically, not run on a GPU by its authors",
         "- kernel cache: ~/kernels, can be used",
         "- GNAFLEX_CACHE_DIR=~/kernels",
         "- GNAFLEX_OTHER=~/other",
@@ -626,12 +638,12 @@ def test_an_empty_kernel_and_a_failing_compiler(capsys, brief, monkeypatch):
     rows, last = examined(capsys, "--quick", code=1)
     assert rows[f"compile {QUICK[0]}"] == ("failed", "compiled, 0 bytes")
     assert rows[f"compile {QUICK[1]}"] == ("failed", "RuntimeError: error : no")
-    assert last == "3 ok, 2 failed, 2 not checked"
+    assert last == "3 ok, 4 failed, 2 not checked"
 
 
 def test_a_doctor_that_finds_its_kernels_imports_no_compiler():
     pytest.importorskip("cutlass", reason="kernels need CuTe DSL: pip install 'gnaflex[cuda]'")
-    for config in doctor.variants("sm_90a", quick=True):
+    for config in doctor.compiled(quick=True):
         cache.get(config, lambda config: OBJECT)
     code = (
         "import sys\n"

@@ -1,4 +1,4 @@
-"""What the Hopper kernel loads, counts and stores, by its own integer code on the CPU, against the oracle.
+"""What the kernels load, count and store, by their own integer code on the CPU, against the oracle.
 
 Needs CuTe DSL (pip install 'gnaflex[cuda]'), no GPU.
 """
@@ -6,7 +6,7 @@ Needs CuTe DSL (pip install 'gnaflex[cuda]'), no GPU.
 from __future__ import annotations
 
 import random
-from math import prod
+from math import lcm, prod
 from typing import NamedTuple
 
 import numpy as np
@@ -14,7 +14,7 @@ import pytest
 import torch
 from gnaflex.cuda_backend import machine
 from gnaflex.cuda_backend.abi import PARTS
-from gnaflex.cuda_backend.config import KernelConfig
+from gnaflex.cuda_backend.config import HALVES, KernelConfig
 from gnaflex.cuda_backend.fast_path import Lane, Prepared, Problem, layout_obstacle, of_plan
 from gnaflex.cuda_backend.tile_walk import Q_ROWS
 
@@ -24,14 +24,15 @@ from gnaflex.spec import GNA
 
 pytest.importorskip("cutlass", reason="kernels need CuTe DSL: pip install 'gnaflex[cuda]'")
 from hopper import hopper  # noqa: F401
-from host_walk import ITEM, KEY, KIND, MARKS, QUERY, RESULT, Walk, marked
+from host_walk import ITEM, KEY, KIND, MARKS, QUERY, RESULT, TILE, Walk, marked
 
 BLOCKS = [part.name for part in PARTS].index("blocks") - len(PARTS)  # among the numbers, from their end
 CPU = torch.device("cpu")
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 MOST_ENTRIES = 300_000  # of the logs of a call
 MOST_PAIRS = 8_000_000  # of stored rows and keys
-CALLS = 60  # per configuration
+CALLS = 30  # per configuration, or more until all features were met
+MOST_CALLS = 200
 CONFIGS = [
     KernelConfig("sm_90a", *rest)
     for rest in (
@@ -49,11 +50,24 @@ CONFIGS = [
         ("bfloat16", 64, (16,), (32,), True),
         ("bfloat16", 128, (8,), (48,), True),
     )
+] + [
+    KernelConfig("sm_100a", *rest)
+    for rest in (
+        ("bfloat16", 128, (2, 8, 8), (2, 8, 8), False),
+        ("bfloat16", 64, (2, 8, 8), (2, 8, 8), True),
+        ("float16", 64, (1, 5, 24), (3, 4, 8), True),
+        ("bfloat16", 64, (2, 2, 4), (2, 2, 4), False),
+        ("bfloat16", 64, (2, 1, 4), (2, 4, 2), True),
+        ("float16", 128, (8, 16), (4, 4), False),
+        ("bfloat16", 64, (4, 8), (8, 16), True),
+        ("bfloat16", 64, (16,), (32,), True),
+    )
 ]
 
 
 class Call(NamedTuple):
-    """Tensors, launches and valid extra keys; how many items there are, and log entries at most."""
+    """Tensors, launches and valid extra keys; how many items there are (halves of a pair one each), and log
+    entries at most."""
 
     problem: Problem
     query: torch.Tensor
@@ -81,7 +95,7 @@ def random_axis(rng, most, q, step):
         length = tokens * dilation + rng.randrange(dilation)
         window = rng.choice((tokens, rng.randint(1, tokens), rng.randint(1, tokens)))
         window = window // step * step or window
-        stride = rng.choice((rng.randint(1, window), max(window // q, 1) * q, q))
+        stride = rng.choice((rng.randint(1, window), max(window // q, 1) * q, q, lcm(q, step)))
         axis = (length, window, min(stride, window), dilation, rng.random() < 0.4)
         if Plan(GNA(*axis), (q,), (1,), "dynamic").is_block_sparse:
             return axis
@@ -89,7 +103,7 @@ def random_axis(rng, most, q, step):
 
 def random_spec(rng, config):
     rank, room, axes = config.rank, rng.choice((100, 700, 2500)), {}
-    steps = config.kv_box if rng.random() < 0.3 else (1,) * rank  # so that whole tiles are not rare
+    steps = config.kv_box if rng.random() < 0.4 else (1,) * rank  # so that whole tiles are not rare
     for left, a in zip(range(rank, 0, -1), rng.sample(range(rank), rank), strict=True):
         most = min(room, round(2 * room ** (1 / left)))
         axes[a] = random_axis(rng, most, config.q_box[a], steps[a])
@@ -156,7 +170,7 @@ def random_call(rng, config):
             query = laid_out(rng, marked(batch, heads, queries), config)
             key = laid_out(rng, marked(batch, kv_heads, keys), config)
             assert not layout_obstacle("query", query) + layout_obstacle("key", key)
-            launches, valid = of_plan(problem, plan, CPU)
+            launches, valid = of_plan(problem, plan, CPU, HALVES[config.arch])
             if any(problem.texts) and rng.random() < 0.7:
                 valid = random_valid(rng, batch, problem.texts)
             return Call(problem, query, key, launches, valid, items, entries)
@@ -164,12 +178,25 @@ def random_call(rng, config):
 
 FEATURES = {"dilation", "uneven groups", "window", "tiles", "whole tiles", "GQA", "batch", "shared keys"}
 TEXT_FEATURES = {"runs", "tiles of text", "valid per entry"}
+PAIR_FEATURES = {"later", "no half", "another end"}  # and with text
+TEXT_PAIR_FEATURES = {"no half of text"}
+
+
+def needed(config):
+    """What the calls of a configuration must have."""
+    of_pairs = PAIR_FEATURES | (TEXT_PAIR_FEATURES if config.text else set())
+    return (
+        FEATURES
+        | (TEXT_FEATURES if config.text else set())
+        | (of_pairs if HALVES[config.arch] == 2 else set())
+    )
 
 
 def features(call, config):
     """What there is in a call, so that no test passes for want of it."""
     spec, texts = call.problem.spec, call.problem.texts
     keys = np.concatenate([one.work[:, 2].numpy() for one in call.launches])
+    keys = keys[keys.all(1)]
     found = {
         "dilation": prod(spec.dilation) > 1,
         "uneven groups": len(call.launches) > 1,
@@ -183,6 +210,17 @@ def features(call, config):
         "tiles of text": max(texts[:2]) > Q_ROWS,
         "valid per entry": len(call.valid.unique(dim=0)) > 1,
     }
+    if HALVES[config.arch] == 2:
+        work = np.concatenate([one.work.numpy() for one in call.launches])
+        first, second = work[::2, 1:], work[1::2, 1:]
+        is_none = (second[:, 1] == 0).any(1)
+        tiles = sum(-(-n // Q_ROWS) for n in texts[:2])
+        found |= {
+            "later": (first[:, 0] != second[:, 0]).any(),
+            "another end": (first.sum(1) != second.sum(1))[~is_none].any(),
+            "no half": is_none.any(),
+            "no half of text": tiles % 2,
+        }
     return {name for name, is_there in found.items() if is_there}
 
 
@@ -190,12 +228,13 @@ def features(call, config):
 
 
 def walked(walk, call):
-    """The log of all launches of a call, their items numbered on; every block of a launch has one."""
-    logs, items = [], 0
+    """The log of all launches of a call, their items numbered from 0 on; every block of a launch has one."""
+    logs, items, halves = [], 0, HALVES[walk.config.arch]
 
     def launch(*numbers):
         logs.append(walk(*numbers, entries=call.entries).numpy())
-        assert numbers[BLOCKS] == min(machine.multiprocessors(CPU), logs[-1][:, ITEM].max() + 1)
+        at_once = logs[-1][:, ITEM].max() // halves + 1
+        assert numbers[BLOCKS] == min(machine.multiprocessors(CPU), at_once)
         return 0
 
     tensors = call.query, call.key, call.key
@@ -203,7 +242,10 @@ def walked(walk, call):
     for log in logs:
         log[:, ITEM] += items
         items = log[:, ITEM].max() + 1
-    return np.concatenate(logs)
+    log = np.concatenate(logs)
+    found, log[:, ITEM] = np.unique(log[:, ITEM], return_inverse=True)  # a half that is none has no entries
+    assert len(found) == call.items
+    return log
 
 
 def marks(x):
@@ -235,13 +277,22 @@ def check_queries(call, log):
     return stored[:, ITEM], *place
 
 
-def check_keys(call, log, tile_rows, stored):
-    """What is stored has seen its keys, each once, and no others; no tile has none."""
+def check_tiles(log, tile_rows):
+    """An item's tiles come in their order, the first is 0; no tile has no key."""
+    tiles = log[log[:, KIND] == KEY].reshape(-1, tile_rows, log.shape[1])
+    assert (tiles[:, :, RESULT] == 1).any(1).all()
+    item, number = tiles[:, 0, ITEM], tiles[:, 0, TILE]
+    order = np.argsort(item, kind="stable")
+    place = np.arange(len(item)) - np.searchsorted(item[order], item[order])
+    assert np.array_equal(number[order], place)
+
+
+def check_keys(call, log, stored):
+    """What is stored has seen its keys, each once, and no others."""
     item, b, h, row = stored
     keys, share = call.key.shape[2], call.query.shape[1] // call.key.shape[1]
     tiles = log[log[:, KIND] == KEY]
     counted = tiles[tiles[:, RESULT] == 1]
-    assert (tiles[:, RESULT].reshape(-1, tile_rows) == 1).any(1).all()
 
     owner = np.full((call.items, 2), -1)
     owner[item] = np.stack([b, h // share], 1)
@@ -262,11 +313,15 @@ def check_keys(call, log, tile_rows, stored):
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda one: one.name)
 def test_every_row_is_stored_once_and_every_key_is_counted_once(config, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)  # CuTe DSL may leave files
-    rng, walk, met = random.Random(config.name), Walk(config), set()
-    for _ in range(CALLS):
+    rng, walk, met, calls = random.Random(config.name), Walk(config), set(), 0
+    while calls < CALLS or not met >= needed(config):
+        calls += 1
+        assert calls <= MOST_CALLS, needed(config) - met
         call = random_call(rng, config)
         met |= features(call, config)
         log = walked(walk, call)
-        assert np.array_equal(np.unique(log[:, ITEM]), np.arange(call.items))
-        check_keys(call, log, config.kv_rows, check_queries(call, log))
-    assert met >= FEATURES | (TEXT_FEATURES if config.text else set())
+        check_tiles(log, config.kv_rows)
+        check_keys(call, log, check_queries(call, log))
+        if HALVES[config.arch] == 2 and not config.text:  # whole boxes are stored, cut off as they are loaded
+            rows = log[log[:, KIND] == QUERY]
+            assert np.array_equal(rows[:, MARKS.start] >= 0, rows[:, RESULT] >= 0)
