@@ -14,6 +14,9 @@ HEAD_DIMS = (64, 128)
 # by architecture: boxes of queries that a block takes at once
 HALVES = {"sm_90a": 1, "sm_100a": 2, "sm_103a": 2}
 ARCHITECTURES = tuple(HALVES)
+# By architecture: the largest weight of a row may be 2 to this instead of 1, as its reference follows the
+# maximum only when that grew by more
+GROWTH = {"sm_90a": 0.0, "sm_100a": 8.0, "sm_103a": 8.0}
 SHARED_MEMORY = 232_448  # bytes of a block, 227 KiB: CUDA C++ Programming Guide, compute capability 9.0
 MOST_STAGES = 4
 BARRIER_BYTES = 1024

@@ -16,7 +16,7 @@ import cutlass.memory
 from cutlass import Float32, Int32, Int64
 from cutlass.cute.nvgpu import OperandMajorMode, cpasync, tcgen05
 from gnaflex.cuda_backend.attend import LN_2, Attend, exp2, rounded, settle
-from gnaflex.cuda_backend.config import NOTE_BYTES, KernelConfig
+from gnaflex.cuda_backend.config import GROWTH, NOTE_BYTES, KernelConfig
 from gnaflex.cuda_backend.items import Item, Pair, sees, slot, tile_of
 from gnaflex.cuda_backend.protocol import HALVES
 from gnaflex.cuda_backend.sm100_roles import BARRIERS, GROUP, Roles
@@ -28,7 +28,6 @@ THREADS = 16 * 32
 REGISTERS = {"weigh": 200, "correct": 64, "others": 48}  # 128 * (2 * 200 + 64 + 48) = 65,536
 COLUMNS = 512  # of tensor memory: all there are
 S_AT, O_AT = (0, 128), (256, 384)  # columns of each half
-GROWTH = 8.0  # log2 of what the weights may exceed 1 by before O is rescaled
 MAGIC = 12582912.0  # 1.5 * 2^23: a number added to it is rounded to an integer, in its low bits
 LEAST = -125.0  # powers of two below are as good as 0
 # 2^f on [-1/2, 1/2], least relative error (Remez): 7.5e-5, a fiftieth of bfloat16's rounding; 2.6e-6
@@ -332,7 +331,7 @@ class Attend100(Roles, Attend):  # type: ignore[misc, unused-ignore]
             most[chain] = _max3(most[chain], S[first], second)
         new = cute.arch.fmax(_max3(most[0], most[1], most[2]), most[3])
         grows = (new - self.top[0]) * self.scale_log2
-        is_far = grows > GROWTH  # from -inf, too
+        is_far = grows > GROWTH[self.config.arch]  # from -inf, too
         self.change[0] = cutlass.select_(is_far, exp2(-grows), Float32(1))
         self.top[0] = cutlass.select_(is_far, new, self.top[0])
 

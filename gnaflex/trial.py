@@ -28,6 +28,7 @@ BUDGET = 2.0  # the error of a kernel, by that of plain attention which rounds a
 # lg2.approx (CUDA programming guide, table of intrinsic functions).
 LSE_ERROR = 1e-4
 LSE_SHARE = 2.0**-20  # and of its size: a score in float32 is rounded some times
+GOLDEN = (5**0.5 - 1) / 2  # multiples of it modulo 1 lie evenly
 ROWS = 1024  # of queries that are compared at once
 
 
@@ -140,20 +141,25 @@ def exactly(q: Tensor, k: Tensor, v: Tensor, pairs: Tensor, scale: float | None)
     return scores.softmax(-1) @ v, scores.logsumexp(-1)
 
 
-def rounded(q: Tensor, k: Tensor, v: Tensor, pairs: Tensor, scale: float | None) -> Tensor:
+def rounded(
+    q: Tensor, k: Tensor, v: Tensor, pairs: Tensor, scale: float | None, growth: float = 0.0
+) -> Tensor:
     """Attention as every fused kernel of a dtype rounds it: scores and sums in float32, weights and output in
-    the dtype."""
+    the dtype. The largest weight of a row is 1, or from 1 to 2 to the ``growth`` (config.GROWTH): where it is
+    no power of two, it is rounded, too."""
     share = q.shape[1] // k.shape[1]
     k, v = (x.repeat_interleave(share, 1).float() for x in (k, v))
     scores = q.float() @ k.transpose(-1, -2) * (q.shape[-1] ** -0.5 if scale is None else scale)
     scores = scores.masked_fill(~pairs, -math.inf)
     weights = (scores - scores.amax(-1, keepdim=True)).exp()
+    apart = torch.arange(weights.shape[-2], device=weights.device)[:, None] * GOLDEN % 1
+    weights = weights * 2 ** (growth * apart)
     return (weights.to(q.dtype).float() @ v / weights.sum(-1, keepdim=True)).to(q.dtype)
 
 
 def disagreement(case: Case, config: Any, device: torch.device, launcher: Any) -> str:
     """What is wrong with a kernel's results for a case, or ""."""
-    from gnaflex.cuda_backend.config import HALVES
+    from gnaflex.cuda_backend.config import GROWTH, HALVES
     from gnaflex.cuda_backend.fast_path import Lane, Problem, of_plan
 
     problem = Problem(case.spec, *case.texts)
@@ -170,7 +176,8 @@ def disagreement(case: Case, config: Any, device: torch.device, launcher: Any) -
         again = lane(q, k, v)
         if not (torch.equal(out, again[0]) and torch.equal(lse, again[1])) and not out.isnan().any():
             return f"{case.name}: the same call gives other results"
-    errors = [_errors(case, part, q, k, v, out, lse) for part in _parts(q)]
+    growth = GROWTH[config.arch]
+    errors = [_errors(case, part, q, k, v, out, lse, growth) for part in _parts(q)]
     error, budget, lse_error = (max(one) for one in zip(*errors, strict=True))
     if not error <= BUDGET * budget:
         twice = f"{BUDGET * budget:.3g}, twice that of plain {config.dtype}"
@@ -189,7 +196,14 @@ def _parts(q: Tensor) -> Iterator[tuple[int, int, Tensor]]:
 
 
 def _errors(
-    case: Case, part: tuple[int, int, Tensor], q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor
+    case: Case,
+    part: tuple[int, int, Tensor],
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    growth: float,
 ) -> tuple[float, float, float]:
     """The greatest error of the output in a part, that of rounding alone, and that of the log-sum-exp by what
     it may be; NaN counts as infinite."""
@@ -198,7 +212,7 @@ def _errors(
     given = q[entry : entry + 1, [head]][:, :, rows], k[of_keys], v[of_keys]
     pairs = allowed(case, entry, rows)
     exact, exact_lse = exactly(*given, pairs, case.scale)
-    plain = rounded(*given, pairs, case.scale)
+    plain = rounded(*given, pairs, case.scale, growth)
     lse_error = (lse[entry, head, rows].double() - exact_lse).abs() / (
         LSE_ERROR + LSE_SHARE * exact_lse.abs()
     )
