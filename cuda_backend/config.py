@@ -17,12 +17,20 @@ ARCHITECTURES = tuple(HALVES)
 # By architecture: the largest weight of a row may be 2 to this instead of 1, as its reference follows the
 # maximum only when that grew by more
 GROWTH = {"sm_90a": 0.0, "sm_100a": 8.0, "sm_103a": 8.0}
+RUN_ON: dict[str, str] = {}  # by architecture, the device and date of a committed results file: none yet
 SHARED_MEMORY = 232_448  # bytes of a block, 227 KiB: CUDA C++ Programming Guide, compute capability 9.0
 MOST_STAGES = 4
 BARRIER_BYTES = 1024
 NOTE_BYTES = 2048  # Blackwell: what softmax tells the correction, two numbers per row of two halves
 MOST_EXTENT = 256  # of a TMA box, per axis
 MOST_AXES = 3  # a tensor map has five modes; channels and heads take two
+
+
+def tried(arch: str) -> str:
+    """What is known of an architecture's kernels."""
+    on = RUN_ON.get(arch)
+    not_run = "compiled and checked statically, not run on a GPU by its authors"
+    return f"kernels for {arch}: {f'run by their authors on {on}' if on else not_run}"
 
 
 @dataclass(frozen=True)

@@ -346,10 +346,14 @@ def _run_reference(call: Call) -> Any:
     return out, AuxOutput(lse=lse)
 
 
-def kernel_advice(record: MaskRecord) -> Iterator[str]:
-    """The nearest problem that a kernel would run, where this one would need masks."""
-    from gnaflex.cuda_backend import nearest, problem_of
+def kernel_advice(record: MaskRecord, device: torch.device) -> Iterator[str]:
+    """What is known of a device's kernels, and the nearest problem that a kernel would run, where this one
+    would need masks."""
+    from gnaflex.cuda_backend import machine, nearest, problem_of
+    from gnaflex.cuda_backend.config import tried
 
+    if not machine.obstacle(device):
+        yield f"{tried(machine.architecture(device))}; each proves itself on this machine before it is used"
     problem = problem_of(record)
     if not isinstance(problem, str) and problem.boxes is None and (near := nearest(problem.spec)):
         yield f"kernels: the nearest perfectly block-sparse problem with this window is {near!r}"

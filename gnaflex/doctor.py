@@ -38,10 +38,7 @@ Result = tuple[str, str]
 Problems = tuple[Problem, ...]
 Tensors = tuple[Tensor, Tensor, Tensor]
 
-# By architecture, the device and the date of a committed results file: none yet.
-RUN_ON: dict[str, str] = {}
 SAME = ("sm_103a",)  # architectures whose kernels are another's, compiled anew: a few are enough
-NOT_RUN = "compiled and checked statically, not run on a GPU by its authors"
 
 TEXT: dict[str, Any] = {"prefix": 5, "suffix": 2, "extra_kv": 3}
 MASKS: tuple[tuple[GNA, dict[str, Any]], ...] = (

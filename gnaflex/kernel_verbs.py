@@ -203,8 +203,7 @@ def _facts(device: torch.device) -> Iterator[str]:
     """What a bug report should say of a machine, a line each."""
     import torch
 
-    from gnaflex.cuda_backend.config import ARCHITECTURES
-    from gnaflex.doctor import NOT_RUN, RUN_ON
+    from gnaflex.cuda_backend.config import ARCHITECTURES, tried
 
     yield f"gnaflex {_version('gnaflex')}, Python {platform.python_version()}"
     yield f"{platform.system()} {platform.release()}, {os.cpu_count()} x {_processor()}"
@@ -213,8 +212,7 @@ def _facts(device: torch.device) -> Iterator[str]:
     yield f"nvidia-cutlass-dsl {_version('nvidia-cutlass-dsl')}"
     yield f"device {device}: {_gpu(device) if device.type == 'cuda' else 'no GPU'}"
     for arch in ARCHITECTURES:
-        on = RUN_ON.get(arch)
-        yield f"kernels for {arch}: {f'run by their authors on {on}' if on else NOT_RUN}"
+        yield tried(arch)
     yield f"kernel cache: {_cache()}"
     for name in sorted(os.environ):
         if name.startswith("GNAFLEX_"):

@@ -438,3 +438,13 @@ def test_nothing_is_compiled_while_there_is_no_time(real_gate, monkeypatch, know
     assert real_gate.asked() == []
     real_gate.known = proof.Verdict("failed", "why")
     assert reasons_of(bm) == ["its kernel has not proved itself on this machine: why"]
+
+
+@pytest.mark.parametrize("arch", ["hopper", "blackwell"])
+def test_explain_says_what_is_known_of_the_kernels(arch, request):
+    request.getfixturevalue(arch)
+    name = {"hopper": "sm_90a", "blackwell": "sm_100a"}[arch]
+    state = (
+        f"kernels for {name}: compiled and checked statically, not run on a GPU by its authors; each proves"
+    )
+    assert any(note.startswith(state) for note in explained(GNA((6, 12, 20), (4, 8, 8), (2, 8, 8))).notes)
