@@ -239,7 +239,9 @@ of the mask have (128, 128). Write gnaflex.block_mask(..., block_size=(256, 128)
     call = Call(query, key, value, score_mod, block_mask, record, None, gqa, None, aux)
     check_call(call)
     reasons = reasons_against(call, BACKENDS)
-    said = () if record is None or block_mask is None else (*notes(record), *kernel_advice(record, query.device))
+    said: tuple[str, ...] = ()
+    if record is not None and block_mask is not None:
+        said = *notes(record), *kernel_advice(record, query.device)
     return Explanation(next((name for name in AUTO if not reasons[name]), None), reasons, said)
 
 

@@ -101,6 +101,8 @@ def test_blackwell(config, tmp_path):
     multiply = roles[48]
     assert counted(multiply, "UTCHMMA") == 2 * (2 * head_dim // 16 + rows // 16)
     assert counted(multiply, "UTCHMMA tmem") == 2 * rows // 16
+    # either half's S and O; K and V of a tile; S, K and Q before the loop; Q in it; O of a half that is none
+    assert counted(multiply, "UTCBAR") == 2 * 2 + 2 + (2 + 1 + 1) + 1 + 2
     # scores read, weighed and written, once in the code: the numbers of the roofline in cuda_backend/NOTES.md
     weigh, chunk = roles[200], 32 if rows % 32 == 0 else 16
     assert counted(weigh, rf"LDTM\.x{chunk}\b") == counted(weigh, rf"STTM\.x{chunk // 2}\b") == rows // chunk

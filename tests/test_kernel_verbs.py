@@ -15,8 +15,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from gnaflex.cuda_backend import cache, config, gate, machine, proof
-from gnaflex.cuda_backend.config import ARCHITECTURES, DTYPES, HEAD_DIMS
+from gnaflex.cuda_backend import cache, gate, machine, proof
+from gnaflex.cuda_backend.config import ARCHITECTURES, DTYPES, HEAD_DIMS, RUN_ON
 from hopper import hopper  # noqa: F401 (a fixture)
 
 from gnaflex import dispatch, doctor, kernel_verbs
@@ -509,7 +509,7 @@ def test_facts_of_a_gpu(facts, monkeypatch):
     monkeypatch.setattr(machine, "name", lambda device: "NVIDIA H200 (sm_90)")
     monkeypatch.setattr(machine, "driver", lambda: "575.1")
     monkeypatch.setattr(machine, "multiprocessors", lambda device: 132)
-    monkeypatch.setitem(config.RUN_ON, "sm_90a", "an H200, 2026-12-01")
+    monkeypatch.setitem(RUN_ON, "sm_90a", "an H200, 2026-12-01")
     lines = facts()
     assert "- device cuda:1: NVIDIA H200 (sm_90), driver 575.1, 132 multiprocessors" in lines
     assert "- kernels for sm_90a: run by their authors on an H200, 2026-12-01" in lines
