@@ -16,10 +16,9 @@ from cutlass.cute.nvgpu import cpasync, warpgroup
 from gnaflex.cuda_backend.config import KernelConfig
 from gnaflex.cuda_backend.items import Schedule, Texts, key_box, key_line, number_of, slot, turns
 from gnaflex.cuda_backend.protocol import HALVES, Barrier, offsets
+from gnaflex.cuda_backend.softmax import key_words
 from gnaflex.cuda_backend.tile_walk import Q_ROWS, SPANS, TEXTS, unravel
 from gnaflex.cuda_backend.views import Grid, box_copy, transposed, view
-
-LN_2 = math.log(2)
 
 
 class Maps(NamedTuple):
@@ -286,43 +285,3 @@ class Attend:
 def _line(tokens: Any, start: Any) -> Grid:
     """Tokens of the sequence, one after another."""
     return Grid((tokens,), (1,), (), (), start)
-
-
-# ---- softmax -----------------------------------------------------------------------------------------
-
-
-def key_words(left: Any, box: cutlass.Constexpr) -> Any:
-    """Which rows of a tile are keys when ``left`` are left on every axis, as bits; the same in all lanes."""
-    lane = cute.arch.lane_idx()
-    words = []
-    for first in range(0, math.prod(box), 32):
-        place = unravel(lane + first, box)
-        is_key = place[0] < left[0]
-        for at, room in zip(place[1:], left[1:], strict=True):
-            is_key = cutlass.and_(is_key, at < room)
-        words.append(cute.arch.vote_ballot_sync(is_key))
-    return words
-
-
-def exp2(x: Any) -> Any:
-    """In PTX, so that it stays where it is written."""
-    return cute.arch.inline_ptx(
-        "ex2.approx.ftz.f32 {$w0}, {$r0};", write_only_types=[Float32], read_only_args=[x]
-    )
-
-
-def settle(*numbers: Any) -> None:
-    """What is above stays above, what is below stays below: a branch on numbers that are never negative."""
-    for one in numbers:
-        cute.arch.inline_ptx(
-            "{ .reg .pred p; setp.lt.f32 p, {$r0}, 0f00000000; @p trap; }", read_only_args=[one]
-        )
-
-
-def rounded(low: Any, high: Any, dtype: str) -> Int32:
-    """Two numbers as one register. In PTX, as the compiler would move the conversion past matrix
-    instructions, and ptxas then lets no two of these overlap."""
-    name = {"bfloat16": "bf16x2", "float16": "f16x2"}[dtype]
-    return cute.arch.inline_ptx(
-        f"cvt.rn.{name}.f32 {{$w0}}, {{$r0}}, {{$r1}};", write_only_types=[Int32], read_only_args=[high, low]
-    )

@@ -14,9 +14,10 @@ import cutlass.cute as cute
 import cutlass.memory
 from cutlass import Float32, Int32, Int64
 from cutlass.cute.nvgpu import OperandMajorMode, warp, warpgroup
-from gnaflex.cuda_backend.attend import LN_2, Attend, exp2, rounded, settle
+from gnaflex.cuda_backend.attend import Attend
 from gnaflex.cuda_backend.items import Item
 from gnaflex.cuda_backend.sm90_roles import BARRIERS, CONSUMERS, GROUP, Roles
+from gnaflex.cuda_backend.softmax import LN_2, exp2, rounded, settle
 from gnaflex.cuda_backend.tile_walk import Q_ROWS
 
 PRODUCER_WARP = CONSUMERS // 32

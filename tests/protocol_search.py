@@ -243,14 +243,11 @@ def _successors(tables: Tables, keys: Keys) -> tuple[Keys, Keys]:
 def _way(tables: Tables, levels: list[Keys], key: int) -> list[int]:
     """Which processes went on, from the start to a state of the last level."""
     way: list[int] = []
-    for level in levels[-2::-1]:
-        for p, shift in enumerate(tables.shifts):
-            before = key - (1 << shift)
-            if (
-                (key >> shift) & tables.masks[p]
-                and before in level
-                and tables.block.is_free(p, tables.state(before))
-            ):
-                key, way = before, [p, *way]
-                break
+    for level in levels[-2::-1]:  # nobody is ever blocked again who was free: each of these could go on
+        p = next(
+            p
+            for p, one in enumerate(tables.shifts)
+            if key >> one & tables.masks[p] and key - (1 << one) in level
+        )
+        key, way = key - (1 << tables.shifts[p]), [p, *way]
     return way

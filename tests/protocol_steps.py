@@ -5,7 +5,7 @@ a step demands are intervals: of another process' counter, or of a barrier's arr
 process is blocked. WRONG: outside, a hand-over is broken as soon as the process is there. UNSAFE: as soon as
 it could go on.
 
-``fine`` makes every event a step, and an action two. Else one wait, the accesses behind it and the arrivals
+``fine`` makes every event a step. Else one wait, the accesses behind it and the arrivals
 behind these are one step, and nothing is lost: between its wait and its first arrival nobody sees how far a
 process is; an arrival is seen by those alone who wait for it, to whom a late one is a slow wait.
 """
@@ -108,13 +108,13 @@ class _Writer:
         for event in events:
             getattr(self, event.kind)(event)
 
-    def step(self, rank: int, text: str) -> Step:
+    def step(self, rank: int, *text: str) -> Step:
         """The current one, if it can take this too."""
         if not self.steps or self.system.fine or rank < self.steps[-1].rank or rank == 0:
             self.steps.append(Step())
         step = self.steps[-1]
         step.rank = rank
-        step.text.append(text)
+        step.text += text
         return step
 
     def wait(self, event: Event) -> None:
@@ -139,16 +139,16 @@ class _Writer:
         by = self.system.kernel.barriers[event.name].by
         if by != "first":
             weight = self.threads // 32 if by == "one" else self.threads
-            self.arrival(event, self.step(2, ""), weight)
+            self.arrival(event, self.step(2), weight)
         elif 0 in self.rows:
-            self.arrival(event, self.step(2, ""), 1)
+            self.arrival(event, self.step(2), 1)
 
     def arrival(self, event: Event, step: Step, weight: int) -> None:
         """Each counts for the phase that it is meant for."""
         place, phase = self.system.place(event.name, event.n, event.h)
         count = self.system.kernel.barriers[event.name].arrivals
         text = f"arrive at {said(place)} for phase {phase + 1}"
-        step.text[-1] = text
+        step.text.append(text)
         before = sum(more for at, more in step.arrivals if at == place)
         step.arrivals.append((place, weight))
         span = phase * count - before, (phase + 1) * count - before - weight
@@ -156,17 +156,12 @@ class _Writer:
 
     def commit(self, event: Event) -> None:
         self.step(2, f"commit {event.name}")
-        queue = self.system.processes[f"{self.name}: mma"]
-        fresh = self.system.fine or not queue or queue[-1].demands[0] != self.issued()
-        self.arrival(event, self.queued(queue, "") if fresh else _also(queue[-1], ""), 1)
+        self.arrival(event, self.queued(self.system.processes[f"{self.name}: mma"]), 1)
 
-    def issued(self) -> Demand:
-        """What is in a queue waits for the step that puts it there."""
-        return Demand(self.name, len(self.steps), FOREVER, WAITS, f"not issued by {self.name}")
-
-    def queued(self, queue: list[Step], text: str) -> Step:
-        step = _also(Step(), text)
-        step.demands.append(self.issued())
+    def queued(self, queue: list[Step]) -> Step:
+        """The last of a queue, which waits for the current step, as that puts it there."""
+        step = Step()
+        step.demands.append(Demand(self.name, len(self.steps), FOREVER, WAITS, f"not issued by {self.name}"))
         queue.append(step)
         return step
 
@@ -180,10 +175,8 @@ class _Writer:
         text = " ".join([event.name, *(f"{said(one.cell)}={one.use}" for one in accesses)])
         if action.unit != "threads":
             self.issue(event, action.unit, accesses, text)
-            return
-        if self.system.fine:
-            self.step(1, f"begin {text}")
-        self.step(1, text).accesses += accesses
+        else:
+            self.step(1, text).accesses += accesses
 
     def issue(self, event: Event, unit: str, accesses: list[Access], text: str) -> None:
         """TMA fills each place on its own; all else is done in order."""
@@ -192,17 +185,13 @@ class _Writer:
         queue = self.system.processes[name]
         if unit == "tma":
             step.demands.append(Demand(name, len(queue), FOREVER, UNSAFE, f"still being filled: {name}"))
-        one = self.queued(queue, text)
+        one = self.queued(queue)
+        one.text.append(text)
         one.accesses += accesses
         self.done[name].append(len(queue))
         if event.full:
             signal = Event("arrive", event.full, event.site, accesses[0].use, event.h)
-            self.arrival(signal, self.queued(queue, "") if self.system.fine else _also(one, ""), 1)
-
-
-def _also(step: Step, text: str) -> Step:
-    step.text.append(text)
-    return step
+            self.arrival(signal, self.queued(queue) if self.system.fine else one, 1)
 
 
 def said(place: Place | Cell) -> str:

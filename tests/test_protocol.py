@@ -175,6 +175,7 @@ def test_that_warps_are_apart_is_seen_only_where_they_are(kernel: str) -> None:
     for mistake in made:
         for work in SEEDED[kernel]:
             clean(mistake.system([pair(*shape) for shape in work], 2))
+        assert "it counts for another" not in found(mistake, kernel).fault
 
 
 def test_half_that_is_not_there_must_not_run_ahead() -> None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 from gnaflex.cuda_backend import protocol, sm100_roles
@@ -12,8 +15,8 @@ from protocol_steps import System
 
 
 def ring(produce: str, consume: str, places: int = 1, turns: int = 3, first: int = 0) -> Found:
-    """What is found in two programs, line by line: "wait empty 0" waits for the turn's use plus 0. Roles of two
-    warps, of which one thread each says "full"; ``first``: 1 to name the consumer first."""
+    """What is found in two programs of two warps each, line by line: "wait empty 0" is for the turn's use and
+    0 more. One thread of a warp says "full". ``first``: 1 to name the consumer first."""
 
     def program(lines: str) -> object:
         def run(self: object) -> None:
@@ -30,6 +33,7 @@ def ring(produce: str, consume: str, places: int = 1, turns: int = 3, first: int
         {
             "full": protocol.Barrier("one", 2, places),
             "empty": protocol.Barrier("threads", 64, places, is_free=True),
+            "loaded": protocol.Barrier("tma", 1, places),
             "both": protocol.Barrier("threads", 128),
         },
         {"x": protocol.Buffer(places)},
@@ -37,6 +41,7 @@ def ring(produce: str, consume: str, places: int = 1, turns: int = 3, first: int
             "fill": protocol.Action("threads", writes=("x",)),
             "spill": protocol.Action("threads", writes=("x",)),
             "read": protocol.Action("threads", ("x:fill",)),
+            "load": protocol.Action("tma", writes=("x",), full="loaded"),
         },
         type("Programs", (), {"produce": program(produce), "consume": program(consume)}),
         (Role("producer", "produce", 64), Role("consumer", "consume", 64))[:: -1 if first else 1],
@@ -66,6 +71,7 @@ def test_counts_all_interleavings() -> None:
         ("wait empty 0, do spill 0, arrive full 0", READ, "reads spill 0 at x.0[0], not fill 0"),
         ("wait empty 0, do fill 1, arrive full 0", READ, "reads fill 1 at x.0[0], not fill 0"),
         ("wait empty 0, do fill 0, do fill -1, arrive full 0", READ, "writes use -1 of x.0[0] after 0"),
+        ("do load 0", "arrive empty 0", "still being filled: tma x.0[0]"),
         ("arrive full 0", "wait full 0", "parity cannot tell when to wait for phase 1 of full.0[0]"),
         ("wait full 2, arrive full 0", READ, "parity cannot tell when to wait for phase 3 of full.0[0]"),
         (FILL, "wait full 0, do read 0, arrive empty 1", "it counts for another: arrive at empty.0[0]"),
@@ -118,9 +124,17 @@ def test_programs_do_what_is_declared(line: str, what: str) -> None:
         ring(line, READ)
 
 
-def test_actions_say_which_use_of_what() -> None:
+def refused(run: Callable[[Any], None], **changes: Any) -> str:
+    """How a program over the barriers, buffers and actions of a kernel is refused."""
+    kernel = Kernel.of(sm100_roles, (), "")._replace(programs=type("It", (), {"run": run}), **changes)
+    with pytest.raises(ValueError) as error:
+        record(kernel, Role("it", "run"), [])
+    return str(error.value)
+
+
+def test_programs_say_which_use_of_what() -> None:
     for uses in ({}, {"kv": 0, "q": 0}, {"x": 0}):
-        program = type("It", (), {"run": lambda self, uses=uses: self.bring_keys(**uses)})
-        kernel = Kernel.of(sm100_roles, (), "")._replace(programs=program)
-        with pytest.raises(ValueError, match="bring_keys says its use of"):
-            record(kernel, Role("it", "run"), [])
+        said = "bring_keys says its use of"
+        assert said in refused(functools.partialmethod(lambda self, uses: self.bring_keys(**uses), uses))
+    assert "bring_keys says its use of" in refused(lambda self: self.bring_keys(kv=0), buffers={})
+    assert "wait kv_full, half 1: no such" in refused(lambda self: self.wait("kv_full", 0, 1))

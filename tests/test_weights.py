@@ -14,7 +14,7 @@ from gnaflex.cuda_backend.config import GROWTH
 from gnaflex.trial import BUDGET, LSE_ERROR, LSE_SHARE, exactly, rounded
 
 pytest.importorskip("cutlass", reason="kernels need CuTe DSL: pip install 'gnaflex[cuda]'")
-from gnaflex.cuda_backend.sm100_attend import LEAST, MAGIC, POLYNOMIALS, POWERS
+from gnaflex.cuda_backend.sm100_softmax import LEAST, MAGIC, POLYNOMIALS, POWERS
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 ERROR = {"bfloat16": 7.5e-5, "float16": 2.7e-6}  # relative, of the polynomials
