@@ -160,7 +160,7 @@ class Attend90(Roles, Attend):  # type: ignore[misc, unused-ignore]
         self.top.fill(-Float32.inf)
         self.total.fill(0.0)
 
-    def scores(self, q: Any, k: Any) -> None:
+    def scores(self, h: Any, q: Any, k: Any, s: Any) -> None:
         """S = Q K^T, issued."""
         qk, _ = self.products()
         warpgroup.fence()
@@ -170,7 +170,7 @@ class Attend90(Roles, Attend):  # type: ignore[misc, unused-ignore]
             cute.gemm(qk, self.S, self.rQ[None, None, kb], rK, self.S)
         warpgroup.commit_group()
 
-    def outputs(self, v: Any) -> None:
+    def outputs(self, h: Any, v: Any, p: Any, o: Any) -> None:
         """O += P V, issued."""
         _, pv = self.products()
         pv.set(warpgroup.Field.ACCUMULATE, True)
@@ -180,7 +180,7 @@ class Attend90(Roles, Attend):  # type: ignore[misc, unused-ignore]
             cute.gemm(pv, self.acc, self.P[None, None, kb], rV, self.acc)
         warpgroup.commit_group()
 
-    def weigh(self, item: Item, i: Any) -> None:
+    def weigh(self, item: Item, i: Any, h: Any, s: Any) -> None:
         """Scores to weights in place."""
         self.mask(item, i)
         self.softmax()
@@ -223,23 +223,23 @@ class Attend90(Roles, Attend):  # type: ignore[misc, unused-ignore]
         """Else ptxas (13.4) moves the wait for P V before the exponentials, and the two do not overlap."""
         settle(self.total[0], self.total[1])
 
-    def rescale(self) -> None:
+    def rescale(self, h: Any, o: Any) -> None:
         """O by the change."""
         for r in range(2):
             for j in range(self.D // 8):
                 for v in range(2):
                     self.acc3[v, r, j] = self.acc3[v, r, j] * self.change[r]
 
-    def round(self) -> None:
+    def round(self, h: Any, s: Any, p: Any) -> None:
         """Weights to P: an A fragment has the order of a C fragment."""
         for j in range(self.rows // 8):
             for r in range(2):
                 self.pairs[r, j] = rounded(self.S3[0, r, j], self.S3[1, r, j], self.config.dtype)
 
     @cute.jit
-    def finish(self, item: Any, h: Any) -> None:
+    def finish(self, item: Any, h: Any, o: Any) -> None:
         """Normalise, and write the rows that are tokens, with their log-sum-exp."""
-        o, lse, grid, sO, acc3, tid = self.o, self.lse, self.grid, self.sO, self.acc3, self.tid
+        out, lse, grid, sO, acc3, tid = self.o, self.lse, self.grid, self.sO, self.acc3, self.tid
         lane = tid % 32
         for r in cutlass.range_constexpr(2):
             whole = self.total[r] + cute.arch.shuffle_sync_bfly(self.total[r], offset=1)
@@ -267,5 +267,5 @@ class Attend90(Roles, Attend):  # type: ignore[misc, unused-ignore]
             if is_token:
                 piece = tid % pieces
                 source = cute.zipped_divide(sO[row, None], (8,))[None, piece]
-                target = cute.zipped_divide(o[item.batch, item.head, token, None], (8,))[None, piece]
+                target = cute.zipped_divide(out[item.batch, item.head, token, None], (8,))[None, piece]
                 cute.autovec_copy(source, target)

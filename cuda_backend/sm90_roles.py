@@ -34,14 +34,21 @@ BUFFERS = {
     "q": Buffer(),
     "k": Buffer("stages"),
     "v": Buffer("stages"),
+    "s": Buffer(halves=True),  # these are registers of a group: scores, then weights
+    "p": Buffer(halves=True),  # weights, rounded
+    "o": Buffer(halves=True),
 }
 
 ACTIONS = {
     "bring_queries": Action("tma", writes=("q",), full="q_full"),
     "bring_keys": Action("tma", writes=("k",), full="k_full"),
     "bring_values": Action("tma", writes=("v",), full="v_full"),
-    "scores": Action("wgmma", reads=("q:bring_queries", "k:bring_keys")),
-    "outputs": Action("wgmma", reads=("v:bring_values",)),
+    "scores": Action("wgmma", reads=("q:bring_queries", "k:bring_keys"), writes=("s",)),
+    "weigh": Action("threads", reads=("s:scores",), writes=("s",)),
+    "round": Action("threads", reads=("s:weigh",), writes=("p",)),
+    "outputs": Action("wgmma", reads=("p:round", "v:bring_values"), writes=("o",)),
+    "rescale": Action("threads", reads=("o:outputs",), writes=("o",)),
+    "finish": Action("threads", reads=("o:outputs",)),
 }
 
 
@@ -74,31 +81,31 @@ class Roles:
             self.start()
             self.wait("q_full", turn)
             self.wait("k_full", n)
-            self.scores(q=turn, k=n)
+            self.scores(h=h, q=turn, k=n, s=n)
             self.wait_products(0)
             self.arrive("k_empty", n)
-            self.weigh(item, self.number(0))
-            self.round()
+            self.weigh(item, self.number(0), h=h, s=n)
+            self.round(h=h, s=n, p=n)
             for i in range(1, item.tiles, unroll=1):
                 self.wait("k_full", n + 1)
                 self.wait_turn(h)
-                self.scores(q=turn, k=n + 1)
+                self.scores(h=h, q=turn, k=n + 1, s=n + 1)
                 self.wait("v_full", n)
-                self.outputs(v=n)
+                self.outputs(h=h, v=n, p=n, o=n)
                 self.pass_turn(h)
                 self.wait_products(1)
                 self.arrive("k_empty", n + 1)
-                self.weigh(item, i)
+                self.weigh(item, i, h=h, s=n + 1)
                 self.settle()
                 self.wait_products(0)
                 self.arrive("v_empty", n)
-                self.rescale()
-                self.round()
+                self.rescale(h=h, o=n)
+                self.round(h=h, s=n + 1, p=n + 1)
                 n += 1
             self.arrive("q_empty", turn)
             self.wait("v_full", n)
-            self.outputs(v=n)
+            self.outputs(h=h, v=n, p=n, o=n)
             self.wait_products(0)
             self.arrive("v_empty", n)
+            self.finish(item, h=h, o=n)
             n += 1
-            self.finish(item, h)
