@@ -13,6 +13,7 @@ import cutlass.cute as cute
 import cutlass.memory
 from cutlass import Float32, Int32, Int64
 from cutlass.cute.nvgpu import cpasync, tcgen05
+from gnaflex.cuda_backend.attend import translated
 from gnaflex.cuda_backend.config import NOTE_BYTES
 from gnaflex.cuda_backend.items import Item, Pair, sees, slot, tile_of
 from gnaflex.cuda_backend.protocol import HALVES
@@ -34,7 +35,7 @@ class Attend100(Roles, Softmax):  # type: ignore[misc, unused-ignore]
     halves = len(HALVES)
     threads = THREADS
     load, multiply, release_keys, weigh, correct, store = (
-        cute.jit(program)
+        translated(program)
         for program in (
             *(Roles.load, Roles.multiply, Roles.release_keys),
             *(Roles.weigh, Roles.correct, Roles.store),

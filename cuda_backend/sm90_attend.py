@@ -14,7 +14,7 @@ import cutlass.cute as cute
 import cutlass.memory
 from cutlass import Float32, Int32, Int64
 from cutlass.cute.nvgpu import OperandMajorMode, warp, warpgroup
-from gnaflex.cuda_backend.attend import Attend
+from gnaflex.cuda_backend.attend import Attend, translated
 from gnaflex.cuda_backend.items import Item
 from gnaflex.cuda_backend.sm90_roles import BARRIERS, CONSUMERS, GROUP, Roles
 from gnaflex.cuda_backend.softmax import LN_2, exp2, rounded, settle
@@ -32,7 +32,7 @@ class Attend90(Roles, Attend):  # type: ignore[misc, unused-ignore]
     BARRIERS = BARRIERS
     halves = 1  # the groups share a box
     threads = CONSUMERS + GROUP
-    load, attend = cute.jit(Roles.load), cute.jit(Roles.attend)
+    load, attend = translated(Roles.load), translated(Roles.attend)
 
     @cute.kernel
     def kernel(

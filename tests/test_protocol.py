@@ -5,11 +5,14 @@ A search that finds nothing proves something only if it finds mistakes; so these
 
 from __future__ import annotations
 
+import inspect
 import itertools
 from types import SimpleNamespace
 
 import pytest
 from gnaflex.cuda_backend import sm90_roles, sm100_roles
+from gnaflex.cuda_backend.compile import compiled
+from gnaflex.cuda_backend.config import KernelConfig
 from protocol_faults import Mistake, mistakes
 from protocol_record import Event, Kernel, Role, pair, sees, tile_of
 from protocol_search import Found, search
@@ -206,13 +209,20 @@ def test_kernels_are_built_from_these_programs() -> None:
         programs = {name for name in vars(module.Roles) if not name.startswith("_")}
         assert programs >= {role.program for role in kernel.roles}
         for name in programs:
-            assert getattr(built, name).__wrapped__ is vars(module.Roles)[name]
+            assert inspect.unwrap(getattr(built, name)) is vars(module.Roles)[name]
         for name in (*module.ACTIONS, *kernel.local):
             assert callable(getattr(built, name))
     warps = {role.name: role.threads // 32 for role in (*SM90.roles, *SM100.roles[1:])}
     assert warps["attend 0"] + warps["attend 1"] == PRODUCER_WARP
     assert (warps["weigh 0"] + warps["weigh 1"], warps["correct"]) == (CORRECT, MULTIPLY - CORRECT)
     assert (warps["multiply"], warps["load"], warps["store"]) == (LOAD - MULTIPLY, STORE - LOAD, 1)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_programs_run_as_they_did_after_they_were_compiled(kernel: str) -> None:
+    pytest.importorskip("cutlass", reason="kernels need CuTe DSL: pip install 'gnaflex[cuda]'")
+    compiled(KernelConfig(kernel, "bfloat16", 64, (8,), (16,)))
+    clean(System(KERNELS[kernel], [pair(2), pair(1)], 2))
 
 
 def test_pairs_are_those_of_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
