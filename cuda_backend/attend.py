@@ -47,9 +47,6 @@ class Attend:
     hide: Any  # what stands in columns of S that are no keys
     schedule: Any  # of a block, like all that follows
     bars: Any
-    by_box: Any
-    by_line: Any
-    share: Any
 
     def __init__(self, config: KernelConfig) -> None:
         self.config = config
@@ -104,11 +101,8 @@ class Attend:
             work, cute.make_layout((boxes, SPANS, self.rank), stride=(SPANS * self.rank, self.rank, 1))
         )
         counts = cute.make_tensor(valid, cute.make_layout((batch, TEXTS), stride=(valid_step, 1)))
-        by_row, by_channel = self.smem_atoms()
-        lQ = cute.tile_to_shape(by_row, (Q_ROWS, self.D), order=(0, 1))
-        lQ_box = cute.tile_to_shape(by_row, (self.q_tokens, self.D), order=(0, 1))
-        lK = cute.tile_to_shape(by_row, (self.rows, self.D, self.stages), order=(0, 1, 2))
-        lV = cute.tile_to_shape(by_channel, (self.D, self.rows, self.stages), order=(1, 0, 2))
+        lQ, lK, lV = self.layouts()
+        lQ_box = cute.tile_to_shape(self.smem_atoms()[0], (self.q_tokens, self.D), order=(0, 1))
         grid = Grid(lengths, steps, group_steps, groups, start)
         by_box = self.maps((mQ, mK, mV), (grid, grid), (lQ_box, lK, lV), self.q_box, self.kv_box)
         by_line = None
@@ -118,8 +112,9 @@ class Attend:
             )
         stores = self.stores(mO, grid, (lQ_box, lQ), texts, keys)
         self.kernel(
-            *(by_box, by_line, stores, lQ, lK, lV, mO, mL, mW, counts),
-            *((lengths, steps, group_steps, groups, start), texts, keys, scale_log2, heads // kv_heads),
+            (by_box, by_line, stores),
+            (mO, mL, mW, counts),
+            ((lengths, steps, group_steps, groups, start), texts, keys, scale_log2, heads // kv_heads),
         ).launch(grid=(blocks, 1, 1), block=(self.threads, 1, 1), stream=stream, min_blocks_per_mp=1)
 
     def tokens(self, x: Any, batch: Any, heads: Any, rows: Any, strides: Any) -> cute.Tensor:
@@ -132,6 +127,15 @@ class Attend:
         swizzle, rows of 64 channels."""
         kind = warpgroup.SmemLayoutAtomKind
         return tuple(warpgroup.make_smem_layout_atom(a, self.dtype) for a in (kind.K_SW128, kind.MN_SW128))
+
+    def layouts(self) -> Any:
+        """Of 128 rows of queries or outputs, and of all stages of keys and of values."""
+        by_row, by_channel = self.smem_atoms()
+        return (
+            cute.tile_to_shape(by_row, (Q_ROWS, self.D), order=(0, 1)),
+            cute.tile_to_shape(by_row, (self.rows, self.D, self.stages), order=(0, 1, 2)),
+            cute.tile_to_shape(by_channel, (self.D, self.rows, self.stages), order=(1, 0, 2)),
+        )
 
     def maps(self, tensors: Any, grids: Any, smem: Any, q_box: Any, kv_box: Any) -> Maps:
         """The tensor maps that bring boxes of these tensors into these layouts."""
@@ -152,10 +156,16 @@ class Attend:
 
     # ---- a block and its work ------------------------------------------------------------------------
 
-    def schedule_of(self, work: Any, o: Any, counts: Any, grid: Any, texts: Any, keys: Any) -> Schedule:
-        """The work of all blocks, from the arguments of a kernel."""
-        extra = Texts(texts, keys, counts) if self.text else None
-        return Schedule(work, (o.shape[1], o.shape[0], *grid[3]), extra, self)
+    def take(self, maps: Any, tensors: Any, numbers: Any) -> None:
+        """The arguments of a kernel."""
+        self.by_box, self.by_line, self.to_memory = maps
+        self.o, self.lse, self.work, self.valid = tensors
+        self.grid, self.texts, self.keys, self.scale_log2, self.share = numbers
+
+    def scheduled(self) -> Schedule:
+        """The work of all blocks."""
+        extra = Texts(self.texts, self.keys, self.valid) if self.text else None
+        return Schedule(self.work, (self.o.shape[1], self.o.shape[0], *self.grid[3]), extra, self)
 
     def turns(self) -> Any:
         """How many items this block has."""

@@ -63,25 +63,10 @@ class Attend100(Roles, Softmax):  # type: ignore[misc, unused-ignore]
         return by_box, *(of(one, line, (Q_ROWS,)) for one in lines)
 
     @cute.kernel
-    def kernel(
-        self,
-        by_box: Any,
-        by_line: Any,
-        stores: Any,
-        lQ: cute.ComposedLayout,
-        lK: cute.ComposedLayout,
-        lV: cute.ComposedLayout,
-        o: cute.Tensor,
-        lse: cute.Tensor,
-        work: cute.Tensor,
-        counts: cute.Tensor,
-        grid: Any,
-        texts: Any,
-        keys: Int32,
-        scale_log2: Float32,
-        share: Int32,
-    ) -> None:
+    def kernel(self, maps: Any, tensors: Any, numbers: Any) -> None:
         """A block: its share of the work, one pair after another."""
+
+        lQ, lK, lV = self.layouts()
 
         @cute.struct
         class Shared:
@@ -100,10 +85,7 @@ class Attend100(Roles, Softmax):  # type: ignore[misc, unused-ignore]
         self.sV = shared.kv.get_tensor(lV.outer, swizzle=lV.inner)
         self.notes = shared.notes.get_tensor(cute.make_layout((Q_ROWS, 2, 2)))  # row, what, half
         self.bars = shared.bars.data_ptr()
-        self.by_box, self.by_line, self.to_memory = by_box, by_line, stores
-        self.lse, self.grid, self.scale_log2, self.share = lse, grid, scale_log2, share
-        self.work = work, o, counts, grid, texts, keys
-        self.suffix_start = keys - texts[1] - texts[2]
+        self.take(maps, tensors, numbers)
         self.lane = cute.arch.thread_idx()[0] % GROUP
 
         warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
@@ -144,7 +126,7 @@ class Attend100(Roles, Softmax):  # type: ignore[misc, unused-ignore]
     def begin(self) -> None:
         """What every role works out for itself: worked out once for all, it would take each the registers."""
         self.tmem = cute.arch.retrieve_tmem_ptr(Float32, 16, self.tmem_at)
-        self.schedule = self.schedule_of(*self.work)
+        self.schedule = self.scheduled()
 
     # ---- what programs are written in ----------------------------------------------------------------
 
@@ -237,12 +219,13 @@ class Attend100(Roles, Softmax):  # type: ignore[misc, unused-ignore]
         """A half's rows: those that are no tokens are clipped, as each map ends where its tokens do."""
         item = pair.halves[h]
         by_box, by_prefix, by_suffix = self.to_memory
+        suffix = self.keys - self.texts[1] - self.texts[2]
         boxed = cute.local_tile(self.sO, (self.q_tokens, self.D), (0, 0))
         if cutlass.const_expr(self.text):
             if not item.is_text:
                 self.put(by_box, item, tuple(item.q0), self.q_box, boxed)
             elif item.is_behind:
-                self.put(by_suffix, item, (item.first - self.suffix_start,), (Q_ROWS,), self.sO)
+                self.put(by_suffix, item, (item.first - suffix,), (Q_ROWS,), self.sO)
             else:
                 self.put(by_prefix, item, (item.first,), (Q_ROWS,), self.sO)
         else:

@@ -43,9 +43,6 @@ class Softmax(Attend):  # type: ignore[misc, unused-ignore]
     lane: Any
     notes: Any
     sO: Any
-    lse: Any
-    grid: Any
-    scale_log2: Any
 
     def __init__(self, config: KernelConfig) -> None:
         super().__init__(config)

@@ -35,25 +35,10 @@ class Attend90(Roles, Attend):  # type: ignore[misc, unused-ignore]
     load, attend = translated(Roles.load), translated(Roles.attend)
 
     @cute.kernel
-    def kernel(
-        self,
-        by_box: Any,
-        by_line: Any,
-        stores: Any,
-        lQ: cute.ComposedLayout,
-        lK: cute.ComposedLayout,
-        lV: cute.ComposedLayout,
-        o: cute.Tensor,
-        lse: cute.Tensor,
-        work: cute.Tensor,
-        counts: cute.Tensor,
-        grid: Any,
-        texts: Any,
-        keys: Int32,
-        scale_log2: Float32,
-        share: Int32,
-    ) -> None:
+    def kernel(self, maps: Any, tensors: Any, numbers: Any) -> None:
         """A block: its share of the work, one item after another."""
+
+        lQ, lK, lV = self.layouts()
 
         @cute.struct
         class Shared:
@@ -69,9 +54,8 @@ class Attend90(Roles, Attend):  # type: ignore[misc, unused-ignore]
         self.sV = shared.v.get_tensor(lV.outer, swizzle=lV.inner)
         self.sO = shared.o.get_tensor(lQ.outer, swizzle=lQ.inner)
         self.bars = shared.bars.data_ptr()
-        self.by_box, self.by_line = by_box, by_line
-        self.o, self.lse, self.grid, self.scale_log2, self.share = o, lse, grid, scale_log2, share
-        self.schedule = self.schedule_of(work, o, counts, grid, texts, keys)
+        self.take(maps, tensors, numbers)
+        self.schedule = self.scheduled()
 
         self.tid, _, _ = cute.arch.thread_idx()
         warp_number = cute.arch.make_warp_uniform(cute.arch.warp_idx())

@@ -29,6 +29,7 @@ def variants(arch):
     ] + [
         KernelConfig(arch, "bfloat16", 128, (1, 5, 24), (3, 4, 8)),
         KernelConfig(arch, "bfloat16", 128, (3, 5, 8), (3, 2, 8)),
+        KernelConfig(arch, "bfloat16", 128, (3, 5, 8), (3, 2, 8), True),
         KernelConfig(arch, "bfloat16", 64, (8,), (16,)),
     ]
 
@@ -86,10 +87,15 @@ def test_blackwell(config, tmp_path):
     assert loads == Counter({rank: 4 * pieces}) + Counter({"3": 4 * pieces * config.text})
     stores = Counter(re.findall(r"UTMASTG\.(\d)D", sass.text))
     assert stores == Counter({rank: 2 * pieces}) + Counter({"3": 4 * pieces * config.text})
-    # no spills: registers of a block at 512 threads, and what each role has of them
-    assert re.search(r"REG:128 STACK:0 .*LOCAL:0", sass.used)
-    assert sass.count(r"\b(?:LDL|STL)\b") == 0
+    # no spills: registers of a block at 512 threads, and what each role has. Where rows of text are no
+    # power of two, uniform registers do not suffice: the address of shared memory, one word, is kept on the
+    # stack; softmax reads it once, before its loop.
     roles = sass.roles()
+    is_uneven = config.text and rows & (rows - 1)
+    assert re.search(rf"REG:128 STACK:{8 if is_uneven else 0} .*LOCAL:0", sass.used)
+    assert sass.count(r"\bSTL\b") == bool(is_uneven)
+    assert counted(roles[200], r"\bLDL\b") == bool(is_uneven)
+    assert is_uneven or not sass.count(r"\bLDL\b")
     assert 128 * (2 * 200 + 64 + 48) == 65_536
     assert {given: registers(code) <= given for given, code in roles.items()} == dict.fromkeys(
         (200, 64, 48), True
