@@ -39,6 +39,7 @@ class Softmax(Attend):  # type: ignore[misc, unused-ignore]
     """What is done to tensor memory, but for the products. ``lane`` is a thread's row, ``notes`` [row, what,
     half] is shared memory."""
 
+    begin: Any  # sets what follows
     tmem: Any
     lane: Any
     notes: Any
@@ -146,7 +147,7 @@ class Softmax(Attend):  # type: ignore[misc, unused-ignore]
             for at in range(chunk * self.chunk, (chunk + 1) * self.chunk, 2):
                 both = self.weights((self.S[at], self.S[at + 1]), shift, at // 2)
                 self.S[at], self.S[at + 1] = both
-                self.pairs[at // 2] = rounded(*both, self.config.dtype)
+                self.pairs[at // 2] = rounded(both[0], both[1], self.config.dtype)
             cute.copy(copy, written[None, None, chunk], target[None, None, chunk])
         cute.arch.fence_view_async_tmem_store()
 
@@ -234,7 +235,7 @@ class Softmax(Attend):  # type: ignore[misc, unused-ignore]
             pairs = cute.make_rmem_tensor((8,), Int32)
             for c in range(0, 16, 2):
                 both = cute.arch.mul_packed_f32x2((values[c], values[c + 1]), (inverse, inverse))
-                pairs[c // 2] = rounded(*both, self.config.dtype)
+                pairs[c // 2] = rounded(both[0], both[1], self.config.dtype)
             row = cute.zipped_divide(self.sO[self.lane, None], (8,))
             for piece in range(2):
                 words = cute.make_tensor(pairs.iterator + 4 * piece, cute.make_layout(4))
