@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import torch
 from gnaflex.cuda_backend import gate, machine
-from gnaflex.cuda_backend.config import HALVES, KernelConfig
+from gnaflex.cuda_backend.config import BOXES_AT_ONCE, KernelConfig
 from gnaflex.cuda_backend.fast_path import Lane, Problem, prepared
 from gnaflex.cuda_backend.tile_walk import KV_ROWS, Q_ROWS, pair_counts
 from torch import Tensor
@@ -178,7 +178,7 @@ def box_loads() -> Iterator[Row]:
 
 def _brought(plan: Plan) -> int:
     """Key tiles that blocks bring, for one box of queries or two."""
-    return plan.touched_tiles if HALVES[ARCH] == 1 else sum(pair_counts(plan))
+    return plan.touched_tiles if BOXES_AT_ONCE[ARCH] == 1 else sum(pair_counts(plan))
 
 
 def proofs() -> Iterator[Row]:

@@ -15,7 +15,7 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import Float32, Int32, Int64
 from cutlass.cute.nvgpu import cpasync, warpgroup
-from gnaflex.cuda_backend.config import KernelConfig
+from gnaflex.cuda_backend.config import BOXES_AT_ONCE, KernelConfig
 from gnaflex.cuda_backend.items import Schedule, Texts, key_box, key_line, number_of, slot, turns
 from gnaflex.cuda_backend.protocol import HALVES, Barrier, offsets
 from gnaflex.cuda_backend.softmax import key_words
@@ -41,7 +41,6 @@ class Attend:
     """The kernel of a configuration: what does not depend on the architecture."""
 
     BARRIERS: dict[str, Barrier]
-    halves: int  # boxes of queries at once
     threads: int
     kernel: Any
     hide: Any  # what stands in columns of S that are no keys
@@ -49,7 +48,7 @@ class Attend:
     bars: Any
 
     def __init__(self, config: KernelConfig) -> None:
-        self.config = config
+        self.config, self.halves = config, BOXES_AT_ONCE[config.arch]
         self.dtype = {"bfloat16": cutlass.BFloat16, "float16": cutlass.Float16}[config.dtype]
         self.D, self.rows, self.stages, self.rank, self.text = (
             config.head_dim,

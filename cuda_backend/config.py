@@ -11,9 +11,9 @@ from gnaflex.tiles import Tile
 
 DTYPES = ("bfloat16", "float16")
 HEAD_DIMS = (64, 128)
-# by architecture: boxes of queries that a block takes at once
-HALVES = {"sm_90a": 1, "sm_100a": 2, "sm_103a": 2}
-ARCHITECTURES = tuple(HALVES)
+# By architecture: boxes of queries that a block takes at once, each with as many rows of its own
+BOXES_AT_ONCE = {"sm_90a": 1, "sm_100a": 2, "sm_103a": 2}
+ARCHITECTURES = tuple(BOXES_AT_ONCE)
 # By architecture: the largest weight of a row may be 2 to this instead of 1, as its reference follows the
 # maximum only when that grew by more
 GROWTH = {"sm_90a": 0.0, "sm_100a": 8.0, "sm_103a": 8.0}

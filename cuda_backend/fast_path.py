@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from gnaflex.cuda_backend import machine, tile_walk
 from gnaflex.cuda_backend.abi import Launcher
-from gnaflex.cuda_backend.config import DTYPES, HALVES, KernelConfig
+from gnaflex.cuda_backend.config import BOXES_AT_ONCE, DTYPES, KernelConfig
 from torch import Tensor
 
 from gnaflex.planner import Plan
@@ -43,7 +43,7 @@ class Problem(NamedTuple):
 
     def boxes_for(self, arch: str) -> Plan | None:
         """The boxes that kernels of an architecture walk."""
-        boxes: Plan | None = tile_walk.chosen(self.spec, HALVES[arch])
+        boxes: Plan | None = tile_walk.chosen(self.spec, BOXES_AT_ONCE[arch])
         return boxes
 
     def boxes_on(self, device: torch.device) -> Plan | None:
@@ -84,7 +84,9 @@ def prepared(problem: Problem, device: torch.device) -> tuple[tuple[Prepared, ..
         arch = machine.architecture(device)
         plan = problem.boxes_for(arch)
         assert plan is not None
-        _prepared[problem, device] = machine.aside(device, of_plan, problem, plan, device, HALVES[arch])
+        _prepared[problem, device] = machine.aside(
+            device, of_plan, problem, plan, device, BOXES_AT_ONCE[arch]
+        )
     return _prepared[problem, device]
 
 

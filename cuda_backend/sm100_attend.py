@@ -32,7 +32,6 @@ class Attend100(Roles, Softmax):  # type: ignore[misc, unused-ignore]
     """The kernel of a configuration."""
 
     BARRIERS = BARRIERS
-    halves = len(HALVES)
     threads = THREADS
     load, multiply, release_keys, weigh, correct, store = (
         translated(program)

@@ -30,7 +30,6 @@ class Attend90(Roles, Attend):  # type: ignore[misc, unused-ignore]
     """The kernel of a configuration."""
 
     BARRIERS = BARRIERS
-    halves = 1  # the groups share a box
     threads = CONSUMERS + GROUP
     load, attend = translated(Roles.load), translated(Roles.attend)
 

@@ -30,7 +30,9 @@ class Device:
 
     Fields: ``peak_tflops`` dense bf16/fp16 and ``attention_tflops`` what an attention kernel reaches forward
     at head_dim 128, both in 1e12 FLOP/s; ``multiprocessors``; ``exp_rate`` in 1e12 exponentials/s (a kernel
-    needs one per score, or 4 * head_dim FLOPs); ``memory_rate`` in 1e12 bytes/s; ``source`` of each.
+    needs one per score, or 4 * head_dim FLOPs); ``memory_rate`` in 1e12 bytes/s; ``source`` of each;
+    ``by_roofline``, whether "cuda" kernels reach ``attention_tflops`` with their best tiles, and with others
+    and other head_dims the share of it that gnaflex/roofline.py says.
 
     Example:
         >>> import dataclasses
@@ -46,6 +48,7 @@ class Device:
     exp_rate: float
     memory_rate: float
     source: str
+    by_roofline: bool = False
 
 
 _HOPPER = (
@@ -66,6 +69,7 @@ DEVICES = {
         "peak: PEERS.md. attention: mean of NATTEN's cuDNN dense (PEERS.md), TFLOP over seconds: "
         "163.1/0.1353 and 52.8/0.0433; FlashAttention-4's 1600 is a best case. multiprocessors, memory: "
         "datasheet. exp: H100's rate per multiprocessor, 3.9 * 148 / 132.",
+        by_roofline=True,
     ),
 }
 
@@ -278,10 +282,10 @@ def _longest_first(costs: _Costs, calls: int, gpu: Device) -> tuple[float, float
 
 def _tile_seconds(gpu: Device, head_dim: int, q_rows: int, kv_rows: int, backend: str = "") -> float:
     """One multiprocessor's time for one pair of tiles, rows rounded up to what the matrix units take; those
-    of our kernel on B200 by its roofline, two boxes of queries at once."""
+    of our kernel on Blackwell by its roofline, two boxes of queries at once."""
     rate, q_step = min(gpu.attention_tflops, 4 * head_dim * gpu.exp_rate), _Q_STEP
     kv_rows = -(-kv_rows // _KV_STEP) * _KV_STEP
-    if gpu.name == "B200" and backend == "cuda":
+    if gpu.by_roofline and backend == "cuda":
         rate, q_step = gpu.attention_tflops * roofline.tile_rate(2, kv_rows, head_dim), roofline.ROWS
     scores = -(-q_rows // q_step) * q_step * kv_rows
     return 4e-12 * head_dim * scores * gpu.multiprocessors / rate

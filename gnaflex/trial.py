@@ -49,7 +49,7 @@ class Case(NamedTuple):
 
 def cases(config: Any) -> Iterator[Case]:
     """Problems whose stride groups are the query box, so that it needs no masks; uneven on every axis."""
-    from gnaflex.cuda_backend.config import HALVES
+    from gnaflex.cuda_backend.config import BOXES_AT_ONCE
 
     q, kv = config.q_box, config.kv_box
     text = (37, 130, 5) if config.text else (0, 0, 0)  # three times 128 queries: one without a partner
@@ -64,11 +64,9 @@ def cases(config: Any) -> Iterator[Case]:
     yield Case("many tiles a box", GNA(shape, long, q), text, 1, scale=10.0, blocks=2)
     whole = tuple(-(-a // b) * b for a, b in zip(q, kv, strict=True))
     shape = tuple(w + a for w, a in zip(whole, q, strict=True))
-    odd = (
-        max(5, whole[0] // kv[0] // 2 * 2 + 1) * kv[0]
-    )  # tiles, so that items start at every stage and phase
-    five = (odd, *whole[1:])
-    yield Case("many items a block", GNA((odd + q[0], *whole[1:]), five, q), text, 1, 4, blocks=3)
+    odd = max(5, whole[0] // kv[0] // 2 * 2 + 1) * kv[0]  # items of such start at every stage and phase
+    shape_of_odd = (odd + q[0], *whole[1:])
+    yield Case("many items a block", GNA(shape_of_odd, (odd, *whole[1:]), q), text, 1, 4, blocks=3)
     yield Case("whole tiles, strides", GNA(shape, whole, q), text, 2, 4, 2, strides=True)
     yield Case("dilation", GNA((3 * shape[0] + 1, *shape[1:]), whole, q, (3, *[1] * (len(q) - 1))), text)
     last = (*shape[:-1], 2 * shape[-1])
@@ -76,7 +74,7 @@ def cases(config: Any) -> Iterator[Case]:
     if runs:
         yield Case("valid text", GNA(shape, whole, q), text, 2, valid=((5, 999, -3), (0, 64, 5)))
         yield Case("keys alone", GNA(shape, whole, q), (0, 0, 300), 1)
-    if HALVES[config.arch] == 2:
+    if BOXES_AT_ONCE[config.arch] == 2:
         yield Case("shifted pairs", _shifted(q, kv), text, 2, 3, 1, blocks=3)
 
 
@@ -159,12 +157,12 @@ def rounded(
 
 def disagreement(case: Case, config: Any, device: torch.device, launcher: Any) -> str:
     """What is wrong with a kernel's results for a case, or ""."""
-    from gnaflex.cuda_backend.config import GROWTH, HALVES
+    from gnaflex.cuda_backend.config import BOXES_AT_ONCE, GROWTH
     from gnaflex.cuda_backend.fast_path import Lane, Problem, of_plan
 
     problem = Problem(case.spec, *case.texts)
     plan = Plan(case.spec, config.q_box, config.kv_box, "dynamic", math.prod(config.q_box))
-    launches, valid = of_plan(problem, plan, device, HALVES[config.arch])
+    launches, valid = of_plan(problem, plan, device, BOXES_AT_ONCE[config.arch])
     if case.valid is not None:
         valid = torch.tensor(case.valid, dtype=torch.int32, device=device)
     q, k, v = inputs(case, config, device)

@@ -8,7 +8,7 @@ import math
 
 import torch
 from gnaflex.cuda_backend.abi import PARTS, counts
-from gnaflex.cuda_backend.config import HALVES, KernelConfig
+from gnaflex.cuda_backend.config import BOXES_AT_ONCE, KernelConfig
 from gnaflex.cuda_backend.tile_walk import Q_ROWS
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -55,7 +55,7 @@ class StandIn:
         )
         sums = at(lse, torch.float32, (batch, heads, queries), (heads * queries, queries, 1))
         work = at(work, torch.int32, (boxes, 3, rank), (3 * rank, rank, 1)).tolist()
-        halves = HALVES[config.arch]
+        halves = BOXES_AT_ONCE[config.arch]
         assert boxes % halves == 0
         work = [one for i, one in enumerate(work) if i % halves == 0 or any(one[2])]  # a half may be none
         prefix, suffix, extra, *columns, are_queries, _rounds = texts

@@ -5,12 +5,14 @@ Needs CuTe DSL (pip install 'gnaflex[cuda]') and NVIDIA's disassembler, no GPU.
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections import Counter
 
 import pytest
 from gnaflex.cuda_backend.compile import compiled
-from gnaflex.cuda_backend.config import SHARED_MEMORY, KernelConfig, obstacles
+from gnaflex.cuda_backend.config import HEAD_DIMS, SHARED_MEMORY, KernelConfig, obstacles
+from gnaflex.cuda_backend.tile_walk import KV_ROWS
 from sass import Sass, counted, registers
 
 from gnaflex import roofline
@@ -80,53 +82,75 @@ DEGREE = {"bfloat16": 3, "float16": 4}  # of the polynomial that every fourth pa
 @pytest.mark.parametrize("config", [*variants("sm_100a"), *ULTRA], ids=str)
 def test_blackwell(config, tmp_path):
     sass = Sass(config, tmp_path)
-    pieces, rows, head_dim = config.head_dim // 64, config.kv_rows, config.head_dim
-    # boxes of Q for either half, of K and of V; output of either half: grid, or text before or behind it
-    rank = str(config.rank + 2)
+    from gnaflex.cuda_backend.sm100_attend import REGISTERS
+
+    transfers(sass, config)
+    resources(sass, config, REGISTERS)
+    roles = sass.roles()
+    products(roles[REGISTERS["others"]], config)
+    weights(roles[REGISTERS["weigh"]], config)
+    instructions = sass.shortest_round(r"LDTM\.x")
+    assert 8 * instructions / 4 <= roofline.clocks(2, config.kv_rows, config.head_dim).issue  # of 8 warps
+
+
+def transfers(sass, config):
+    """Boxes of Q for either half, of K and of V; output of either half: grid, or text before or behind it."""
+    pieces, rank = config.head_dim // 64, str(config.rank + 2)
     loads = Counter(re.findall(r"UTMALDG\.(\d)D", sass.text))
     assert loads == Counter({rank: 4 * pieces}) + Counter({"3": 4 * pieces * config.text})
     stores = Counter(re.findall(r"UTMASTG\.(\d)D", sass.text))
     assert stores == Counter({rank: 2 * pieces}) + Counter({"3": 4 * pieces * config.text})
-    # no spills: registers of a block at 512 threads, and what each role has. Where rows of text are no
-    # power of two, uniform registers do not suffice: the address of shared memory, one word, is kept on the
-    # stack; softmax reads it once, before its loop.
-    roles = sass.roles()
-    is_uneven = config.text and rows & (rows - 1)
+
+
+def resources(sass, config, given):
+    """Registers of a block at 512 threads, and what each role has. No spills but where rows of text are no
+    power of two and uniform registers do not suffice: there the address of shared memory, one word, is kept
+    on the stack; softmax reads it once, before its loop."""
+    roles, is_uneven = sass.roles(), config.text and config.kv_rows & (config.kv_rows - 1)
     assert re.search(rf"REG:128 STACK:{8 if is_uneven else 0} .*LOCAL:0", sass.used)
     assert sass.count(r"\bSTL\b") == bool(is_uneven)
-    assert counted(roles[200], r"\bLDL\b") == bool(is_uneven)
+    assert counted(roles[given["weigh"]], r"\bLDL\b") == bool(is_uneven)
     assert is_uneven or not sass.count(r"\bLDL\b")
-    assert 128 * (2 * 200 + 64 + 48) == 65_536
-    assert {given: registers(code) <= given for given, code in roles.items()} == dict.fromkeys(
-        (200, 64, 48), True
-    )
-    # all of tensor memory, which no other block may then ask for: 512 columns
-    assert sass.count(r"UTCATOMSWS\.FIND_AND_SET") > 0
+    assert set(roles) == set(given.values())
+    assert all(registers(code) <= most for most, code in roles.items())
+    assert 128 * (2 * given["weigh"] + given["correct"] + given["others"]) <= 65_536  # of a multiprocessor
 
-    # per tile: both products of either half, in the loop, and Q K^T once before it
-    multiply = roles[48]
-    assert counted(multiply, "UTCHMMA") == 2 * (2 * head_dim // 16 + rows // 16)
-    assert counted(multiply, "UTCHMMA tmem") == 2 * rows // 16
-    # either half's S and O; K and V of a tile; S, K and Q before the loop; Q in it; O of a half that is none
-    assert counted(multiply, "UTCBAR") == 2 * 2 + 2 + (2 + 1 + 1) + 1 + 2
-    # scores read, weighed and written, once in the code: the numbers of the roofline in cuda_backend/NOTES.md
-    weigh, chunk = roles[200], 32 if rows % 32 == 0 else 16
-    assert counted(weigh, rf"LDTM\.x{chunk}\b") == counted(weigh, rf"STTM\.x{chunk // 2}\b") == rows // chunk
+
+def products(code, config):
+    """Both of either half, in the loop, and Q K^T once before it."""
+    assert counted(code, "UTCHMMA") == 2 * (2 * config.head_dim // 16 + config.kv_rows // 16)
+    assert counted(code, "UTCHMMA tmem") == 2 * config.kv_rows // 16
+    # S of either half, K and Q before the loop; S and O of either half, V, K and Q in it; O of absent halves
+    assert counted(code, "UTCBAR") == (2 + 2) + (2 * 2 + 3) + 2
+
+
+def weights(code, config):
+    """Scores read, weighed and written, once in the code: the numbers of the roofline in NOTES.md."""
+    rows, chunk = config.kv_rows, 32 if config.kv_rows % 32 == 0 else 16
     fourth = rows // 8 if config.arch == "sm_100a" else 0  # pairs of weights that are polynomials
-    assert counted(weigh, r"MUFU\.EX2") == rows - 2 * fourth + 1
-    assert counted(weigh, r"FMNMX3") == rows // 2
-    assert counted(weigh, r"FFMA2") == rows // 2 + fourth * DEGREE[config.dtype]
-    assert counted(weigh, r"FADD2") == rows // 2 + 3 + fourth * 3
-    assert counted(weigh, r"F2FP") == rows // 2
-    warps, instructions = 8, sass.shortest_round(rf"LDTM\.x{chunk}\b")
-    assert warps * instructions / 4 <= roofline.clocks(2, rows, head_dim).issue
+    assert counted(code, rf"LDTM\.x{chunk}\b") == counted(code, rf"STTM\.x{chunk // 2}\b") == rows // chunk
+    assert counted(code, r"MUFU\.EX2") == rows - 2 * fourth + 1
+    assert counted(code, r"FMNMX3") == rows // 2
+    assert counted(code, r"FFMA2") == rows // 2 + fourth * DEGREE[config.dtype]
+    assert counted(code, r"FADD2") == rows // 2 + 3 + fourth * 3
+    assert counted(code, r"F2FP") == rows // 2
     # what the output changes by is said before the exponentials, all but a few
-    order = [one for one in weigh if re.search(r"MUFU\.EX2|SYNCS\.ARRIVE|STTM", one)]
+    order = [one for one in code if re.search(r"MUFU\.EX2|SYNCS\.ARRIVE|STTM", one)]
     kinds = [re.search(r"EX2|ARRIVE|STTM", one)[0] for one in order]
     assert kinds.index("ARRIVE") <= 8
     last = len(kinds) - 1 - kinds[::-1].index("STTM")
     assert kinds[last + 1] == "ARRIVE"
     assert kinds.count("ARRIVE") == 3
+
+
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+def test_tensor_memory_holds_scores_and_outputs(head_dim):
+    pytest.importorskip("cutlass", reason="kernels need CuTe DSL: pip install 'gnaflex[cuda]'")
+    from gnaflex.cuda_backend.sm100_attend import COLUMNS, O_AT, S_AT
+
+    taken = [*((at, KV_ROWS) for at in S_AT), *((at, head_dim) for at in O_AT), (COLUMNS, 0)]
+    assert all(at + wide <= then for (at, wide), (then, _) in itertools.pairwise(taken))
+    assert COLUMNS <= 512  # of a multiprocessor
 
 
 @pytest.mark.parametrize("config", [*variants("sm_90a"), *variants("sm_100a")], ids=str)

@@ -14,7 +14,7 @@ import threading
 import pytest
 import torch
 from gnaflex.cuda_backend import cache, compile, gate, machine, nearest, proof
-from gnaflex.cuda_backend.config import HALVES
+from gnaflex.cuda_backend.config import BOXES_AT_ONCE
 from gnaflex.cuda_backend.fast_path import Problem
 from gnaflex.cuda_backend.tile_walk import chosen
 from hopper import blackwell, hopper  # noqa: F401
@@ -306,7 +306,7 @@ def explained(spec):
 def test_problems_that_must_qualify(machine_like, spec, request):
     request.getfixturevalue(machine_like)
     assert explained(spec).backend == "cuda"
-    boxes = chosen(spec, HALVES[machine.architecture(torch.device("cpu"))])
+    boxes = chosen(spec, BOXES_AT_ONCE[machine.architecture(torch.device("cpu"))])
     for extent, axis in zip(boxes.q_tile, spec.axes, strict=True):
         assert extent == 1 or not (axis.is_causal or axis.stride == 1 < axis.window < axis.length)
 

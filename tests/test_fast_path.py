@@ -14,7 +14,7 @@ import pytest
 import torch
 from cases import random_spec
 from gnaflex.cuda_backend import machine
-from gnaflex.cuda_backend.config import HALVES, KernelConfig
+from gnaflex.cuda_backend.config import BOXES_AT_ONCE, KernelConfig
 from gnaflex.cuda_backend.tile_walk import Q_ROWS, chosen, pair_counts
 from hopper import blackwell, hopper  # noqa: F401
 from stand_in import DTYPES, StandIn, at
@@ -243,7 +243,7 @@ def test_blocks(opened, monkeypatch, multiprocessors):
     bm = mask(GNA((21, 12), (4, 4), (4, 4), (4, 1)), prefix=129, extra_kv=300)
     assert_as_reference(*tensors(bm, 2, 4), bm)
     calls, ((config, _),) = calls_of(opened), opened
-    items = [items_of(call, HALVES[config.arch]) for call in calls]
+    items = [items_of(call, BOXES_AT_ONCE[config.arch]) for call in calls]
     assert [call["blocks"] for call in calls] == [min(n, multiprocessors) for n in items]
     assert len(set(items)) == len(calls) == 2
 

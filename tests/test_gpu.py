@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from gnaflex.cuda_backend import gate, machine, proof
-from gnaflex.cuda_backend.config import HALVES
+from gnaflex.cuda_backend.config import BOXES_AT_ONCE
 from gnaflex.cuda_backend.fast_path import Lane, Problem, layout_obstacle, of_plan
 from gnaflex.cuda_backend.tile_walk import Q_ROWS
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -156,7 +156,7 @@ def check(config, launcher, one, device, seed=0):
     assert not [why for x in tokens if (why := layout_obstacle("tensor", x))]
     before = [x.clone() for x in tokens]
     plan = Plan(one.problem.spec, config.q_box, config.kv_box, "dynamic", Q_ROWS)
-    launches, valid = of_plan(one.problem, plan, device, HALVES[config.arch])
+    launches, valid = of_plan(one.problem, plan, device, BOXES_AT_ONCE[config.arch])
     if one.valid is not None:
         valid = torch.tensor(one.valid, dtype=torch.int32, device=device)
     lane = Guarded(*tokens, launches, launcher, one.scale, valid)

@@ -22,7 +22,7 @@ import pytest
 import test_gpu
 import torch
 from gnaflex.cuda_backend import cache, compile, gate, machine, tile_walk
-from gnaflex.cuda_backend.config import ARCHITECTURES, HALVES, KernelConfig, obstacles
+from gnaflex.cuda_backend.config import ARCHITECTURES, BOXES_AT_ONCE, KernelConfig, obstacles
 from gnaflex.cuda_backend.fast_path import Problem
 from hopper import hopper  # noqa: F401
 from stand_in import DTYPES, StandIn, at
@@ -321,7 +321,7 @@ def test_what_does_not_run_is_told(monkeypatch, capsys):
 
 def brought(problem, arch):
     """Key tiles that come from memory: once for each box of queries, or for the two of a pair."""
-    boxes, halves = problem.boxes_for(arch), HALVES[arch]
+    boxes, halves = problem.boxes_for(arch), BOXES_AT_ONCE[arch]
     (launch,) = tile_walk.launches(boxes, halves)
     items = launch.work.reshape(-1, halves, *launch.work.shape[1:])
     tiles = tile_walk.item_tiles(items, boxes.kv_tile).sum()

@@ -14,7 +14,7 @@ import pytest
 import torch
 from gnaflex.cuda_backend import machine
 from gnaflex.cuda_backend.abi import PARTS
-from gnaflex.cuda_backend.config import HALVES, KernelConfig
+from gnaflex.cuda_backend.config import BOXES_AT_ONCE, KernelConfig
 from gnaflex.cuda_backend.fast_path import Lane, Prepared, Problem, layout_obstacle, of_plan
 from gnaflex.cuda_backend.tile_walk import Q_ROWS
 
@@ -170,7 +170,7 @@ def random_call(rng, config):
             query = laid_out(rng, marked(batch, heads, queries), config)
             key = laid_out(rng, marked(batch, kv_heads, keys), config)
             assert not layout_obstacle("query", query) + layout_obstacle("key", key)
-            launches, valid = of_plan(problem, plan, CPU, HALVES[config.arch])
+            launches, valid = of_plan(problem, plan, CPU, BOXES_AT_ONCE[config.arch])
             if any(problem.texts) and rng.random() < 0.7:
                 valid = random_valid(rng, batch, problem.texts)
             return Call(problem, query, key, launches, valid, items, entries)
@@ -188,7 +188,7 @@ def needed(config):
     return (
         FEATURES
         | (TEXT_FEATURES if config.text else set())
-        | (of_pairs if HALVES[config.arch] == 2 else set())
+        | (of_pairs if BOXES_AT_ONCE[config.arch] == 2 else set())
     )
 
 
@@ -210,7 +210,7 @@ def features(call, config):
         "tiles of text": max(texts[:2]) > Q_ROWS,
         "valid per entry": len(call.valid.unique(dim=0)) > 1,
     }
-    if HALVES[config.arch] == 2:
+    if BOXES_AT_ONCE[config.arch] == 2:
         work = np.concatenate([one.work.numpy() for one in call.launches])
         first, second = work[::2, 1:], work[1::2, 1:]
         is_none = (second[:, 1] == 0).any(1)
@@ -229,7 +229,7 @@ def features(call, config):
 
 def walked(walk, call):
     """The log of all launches of a call, their items numbered from 0 on; every block of a launch has one."""
-    logs, items, halves = [], 0, HALVES[walk.config.arch]
+    logs, items, halves = [], 0, BOXES_AT_ONCE[walk.config.arch]
 
     def launch(*numbers):
         logs.append(walk(*numbers, entries=call.entries).numpy())
@@ -322,6 +322,8 @@ def test_every_row_is_stored_once_and_every_key_is_counted_once(config, monkeypa
         log = walked(walk, call)
         check_tiles(log, config.kv_rows)
         check_keys(call, log, check_queries(call, log))
-        if HALVES[config.arch] == 2 and not config.text:  # whole boxes are stored, cut off as they are loaded
+        if (
+            BOXES_AT_ONCE[config.arch] == 2 and not config.text
+        ):  # whole boxes are stored, cut off as they are loaded
             rows = log[log[:, KIND] == QUERY]
             assert np.array_equal(rows[:, MARKS.start] >= 0, rows[:, RESULT] >= 0)

@@ -229,6 +229,8 @@ def test_our_kernel_on_b200_goes_by_its_roofline():
 
     base = rate(128, backend="cuda")
     assert base == pytest.approx(rate(128, backend="natten"))  # the published rate
+    mine = dataclasses.replace(DEVICES["B200"], name="mine")
+    assert video(device=mine, head_dim=64).seconds == video(device="B200", head_dim=64).seconds
     assert rate(64, backend="cuda") / base == pytest.approx(2 * 1024 / (2 * 1552), rel=1e-3)
     assert roofline.clocks(2, 128, 128) == (2048, 1552, 2048, pytest.approx(1500, rel=0.01))
     assert max(roofline.clocks(1, 128, 128)) > max(roofline.clocks(2, 128, 128)) / 2  # K and V for one alone

@@ -8,7 +8,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from gnaflex.cuda_backend.config import HALVES, KernelConfig
+from gnaflex.cuda_backend.config import BOXES_AT_ONCE, KernelConfig
 from gnaflex.cuda_backend.fast_path import Problem
 from gnaflex.cuda_backend.tile_walk import Q_ROWS, chosen, item_tiles, launches, tile_counts
 
@@ -30,18 +30,18 @@ CONFIGS = [
     for dim in (64, 128)
     for text in (False, True)
 ]
-IN_PAIRS = [one for one in CONFIGS if HALVES[one.arch] == 2]
+IN_PAIRS = [one for one in CONFIGS if BOXES_AT_ONCE[one.arch] == 2]
 
 
 def launches_of(config, case):
     plan = Plan(case.spec, config.q_box, config.kv_box, "dynamic", math.prod(config.q_box))
-    return launches(plan, HALVES[config.arch])
+    return launches(plan, BOXES_AT_ONCE[config.arch])
 
 
 def items_of_blocks(config, case):
     """Per launch and block: of its items, one after another, how many key tiles there are, and how many of
     them each half sees. The rounds by which blocks with more text start later are left out."""
-    halves, line = HALVES[config.arch], sum(-(-n // config.kv_rows) for n in case.texts)
+    halves, line = BOXES_AT_ONCE[config.arch], sum(-(-n // config.kv_rows) for n in case.texts)
     for number, launch in enumerate(launches_of(config, case)):
         boxes = launch.work.reshape(-1, halves, *launch.work.shape[1:])
         each = tile_counts(boxes[:, :, 2], config.kv_box).prod(2)
@@ -61,7 +61,7 @@ def items_of_blocks(config, case):
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda one: one.name)
 def test_items_start_at_every_stage_and_phase(config):
     """On Blackwell a tile takes two stages, one for its keys, one for its values."""
-    starts, at_once = set(), HALVES[config.arch]
+    starts, at_once = set(), BOXES_AT_ONCE[config.arch]
     for case in cases(config):
         for mine in items_of_blocks(config, case):
             at = 0
@@ -132,7 +132,7 @@ def test_a_trial_is_small_for_every_boxes_that_problems_take():
                     plan = chosen(GNA(shape, window, stride))
                     if plan is not None:
                         problem = Problem(plan.spec)
-                        seen |= {problem.config(arch, torch.bfloat16, 128) for arch in HALVES}
+                        seen |= {problem.config(arch, torch.bfloat16, 128) for arch in BOXES_AT_ONCE}
     assert len(seen) > 10
     sizes = {config.name: max(case.spec.num_tokens for case in cases(config)) for config in seen}
     assert max(sizes.values()) < 60_000, max(sizes.items(), key=lambda one: one[1])
