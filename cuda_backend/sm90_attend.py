@@ -17,7 +17,7 @@ from cutlass.cute.nvgpu import OperandMajorMode, warp, warpgroup
 from gnaflex.cuda_backend.attend import Attend, translated
 from gnaflex.cuda_backend.items import Item
 from gnaflex.cuda_backend.sm90_roles import BARRIERS, CONSUMERS, GROUP, Roles
-from gnaflex.cuda_backend.softmax import LN_2, exp2, rounded, settle
+from gnaflex.cuda_backend.softmax import LN_2, exp2, rounded
 from gnaflex.cuda_backend.tile_walk import Q_ROWS
 
 PRODUCER_WARP = CONSUMERS // 32
@@ -203,8 +203,12 @@ class Attend90(Roles, Attend):  # type: ignore[misc, unused-ignore]
             total[r] = total[r] * change[r] + sums[0] + sums[1]
 
     def settle(self) -> None:
-        """Else ptxas (13.4) moves the wait for P V before the exponentials, and the two do not overlap."""
-        settle(self.total[0], self.total[1])
+        """A branch on numbers that are never negative. Else ptxas (13.4) moves the wait for P V before the
+        exponentials, and the two do not overlap."""
+        for r in range(2):
+            cute.arch.inline_ptx(
+                "{ .reg .pred p; setp.lt.f32 p, {$r0}, 0f00000000; @p trap; }", read_only_args=[self.total[r]]
+            )
 
     def rescale(self, h: Any, o: Any) -> None:
         """O by the change."""

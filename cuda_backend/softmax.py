@@ -33,14 +33,6 @@ def exp2(x: Any) -> Any:
     )
 
 
-def settle(*numbers: Any) -> None:
-    """What is above stays above, what is below stays below: a branch on numbers that are never negative."""
-    for one in numbers:
-        cute.arch.inline_ptx(
-            "{ .reg .pred p; setp.lt.f32 p, {$r0}, 0f00000000; @p trap; }", read_only_args=[one]
-        )
-
-
 def rounded(low: Any, high: Any, dtype: str) -> Int32:
     """Two numbers as one register. In PTX, as the compiler would move the conversion past matrix
     instructions, and ptxas then lets no two of these overlap."""
