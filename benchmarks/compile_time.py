@@ -8,7 +8,8 @@ import torch
 from torch.nn.attention.flex_attention import create_block_mask
 
 import gnaflex
-from benchmarks.measure import Row, fresh_process, interleaved, ratios, row
+
+from .measure import Row, fresh_process, interleaved, ratios, row
 
 VIDEO = "(30, 48, 80), (18, 24, 24)"
 LTX = "(69, 64, 96), 11"

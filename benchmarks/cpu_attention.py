@@ -12,7 +12,8 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from torch.nn.functional import scaled_dot_product_attention
 
 import gnaflex
-from benchmarks.measure import Row, interleaved, ratios, row
+
+from .measure import Row, interleaved, ratios, row
 
 compiled = torch.compile(flex_attention, dynamic=False, fullgraph=True)
 

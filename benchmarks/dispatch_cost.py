@@ -14,7 +14,8 @@ from gnaflex.cuda_backend.abi import Launcher
 from gnaflex.cuda_backend.config import KernelConfig
 
 import gnaflex
-from benchmarks.measure import Row, row
+
+from .measure import Row, row
 
 CALLS = 2000
 

@@ -5,33 +5,30 @@ from __future__ import annotations
 import json
 import math
 import os
-import statistics
 import subprocess
 import sys
 import time
-import traceback
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from typing import Any, NamedTuple
 
 import torch
 from gnaflex.cuda_backend import gate, machine
 from gnaflex.cuda_backend.config import BOXES_AT_ONCE, KernelConfig
 from gnaflex.cuda_backend.fast_path import Lane, Problem, prepared
-from gnaflex.cuda_backend.tile_walk import KV_ROWS, Q_ROWS, pair_counts
+from gnaflex.cuda_backend.tile_walk import pair_counts
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.functional import scaled_dot_product_attention
 
 import gnaflex
-from benchmarks.measure import Row, row
 from gnaflex.planner import Plan
 
-ROUNDS = 9
-FLUSH_BYTES = 256 * 2**20  # more than any L2
+from . import comparison, problems
+from .comparison import Facts, Timing
+from .engine import Item
+from .measure import Row, Timed, milliseconds, row
+
+ROUNDS, WARM = 9, 2  # that count, and before them
 CALLS = 200  # whose mean is the time of a call on the host
-FLUSHES = 4  # as many as keep the GPU busy until the host has launched what is timed
 AT_ONCE = 4  # proofs
 PROOF_S = 45.0
 DEVICE = torch.device("cuda", 0)
@@ -44,29 +41,25 @@ def _arch() -> str:
 
 
 ARCH = _arch()
+COMPARED = (
+    "HunyuanVideo",
+    "FLUX.1-dev 4K",
+    "HunyuanVideo, default grid",
+    "Cosmos-7B",
+    "HunyuanVideo, 256 text tokens",
+)
+KERNEL = 'gnaflex, "cuda"'
 
 
-class Item(NamedTuple):
-    """A measurement, and the seconds it may take."""
-
-    measure: Callable[[], Iterator[Row]]
-    limit_s: float
+def walked(problem: problems.Problem) -> Problem:
+    """A problem as the kernel has it."""
+    return Problem(problem.spec, problem.prefix, problem.suffix)
 
 
-# Heads and head_dim as the models have them (data of the paper, tables 1 to 6); bf16, batch 1.
-PROBLEMS = {
-    "hunyuan 30x48x80": (Problem(gnaflex.GNA((30, 48, 80), (18, 24, 24), (16, 8, 8))), 24),
-    "flux 256x256": (Problem(gnaflex.GNA((256, 256), (80, 80), (16, 16))), 24),
-    "hunyuan 33x45x80": (Problem(gnaflex.GNA((33, 45, 80), (18, 24, 24), (16, 8, 8))), 24),
-    "cosmos 16x44x80": (Problem(gnaflex.GNA((16, 44, 80), (16, 24, 16), (1, 8, 16))), 32),
-    "hunyuan 30x48x80 and 256 text": (
-        Problem(gnaflex.GNA((30, 48, 80), (18, 24, 24), (16, 8, 8)), suffix=256),
-        24,
-    ),
-    "dense 16x44x80": (Problem(gnaflex.GNA((16, 44, 80), (16, 44, 80))), 32),
-}
+VIDEO = problems.FULL["HunyuanVideo"]
+PROBLEMS = {"hunyuan 30x48x80": (walked(VIDEO), VIDEO.heads)}  # by the name that tests/test_gpu.py knows
 HEAD_DIM = 128
-TINY = gnaflex.GNA((16, 32), (8, 16), (8, 16))  # its kernel is that of "flux 256x256"
+TINY = gnaflex.GNA((16, 32), (8, 16), (8, 16))  # its kernel is that of "FLUX.1-dev 4K"
 # Small variants for the tests; boxes as in tests/test_gpu.py
 EXTRA = (
     ("bfloat16", 64, (2, 8, 8), (2, 8, 8)),
@@ -75,6 +68,7 @@ EXTRA = (
     ("bfloat16", 128, (128,), (128,)),
     ("bfloat16", 128, (1, 5, 24), (3, 4, 8)),
     ("bfloat16", 128, (3, 5, 8), (3, 2, 8), True),
+    ("bfloat16", 128, (2, 4, 16), (2, 4, 16)),
 )
 SMALLEST = EXTRA[2]
 
@@ -87,10 +81,10 @@ def kernel(problem: Problem, arch: str = "") -> KernelConfig:
 def configs(arch: str = "") -> list[KernelConfig]:
     """Every variant that the items launch, each once."""
     arch = arch or ARCH
-    timed = [kernel(problem, arch) for problem, _ in PROBLEMS.values()]
+    compared = [kernel(walked(problems.FULL[name]), arch) for name in COMPARED]
     extra = [KernelConfig(arch, *fields) for fields in EXTRA]
-    loads = [_loads(kernel(problem, arch)) for problem in (PROBLEMS["hunyuan 30x48x80"][0], _line())]
-    return list(dict.fromkeys([*timed, *extra, *loads]))
+    loads = [_loads(kernel(problem, arch)) for problem in (walked(VIDEO), _line())]
+    return list(dict.fromkeys([*compared, *extra, *loads]))
 
 
 def _loads(config: KernelConfig) -> KernelConfig:
@@ -98,40 +92,9 @@ def _loads(config: KernelConfig) -> KernelConfig:
 
 
 def _line() -> Problem:
-    """As many tokens in a row, every 128 of them over as many keys as those of the first problem see."""
-    spec = PROBLEMS["hunyuan 30x48x80"][0].spec
+    """As many tokens in a row as those of the video, every 128 of them over as many keys."""
+    spec = VIDEO.spec
     return Problem(gnaflex.GNA((spec.num_tokens,), (math.prod(spec.window),), (128,)))
-
-
-# ---- inputs and time ---------------------------------------------------------------------------------
-
-
-def inputs(problem: Problem, heads: int) -> list[Tensor]:
-    """q, k, v [1, heads, tokens, head_dim] bf16, heads-last in memory as models make them."""
-    generator = torch.Generator(DEVICE).manual_seed(0)
-    tokens = problem.spec.num_tokens + problem.prefix + problem.suffix
-    sizes = tokens, tokens + problem.extra_kv, tokens + problem.extra_kv
-    make = partial(torch.randn, device=DEVICE, dtype=torch.bfloat16, generator=generator)
-    return [make(1, n, heads, HEAD_DIM).transpose(1, 2) for n in sizes]
-
-
-def milliseconds(calls: dict[str, Callable[[], Any]]) -> dict[str, list[float]]:
-    """Of every call on the GPU, by events, the calls in turn in every round, L2 cold; two rounds first that
-    do not count."""
-    flush = torch.empty(FLUSH_BYTES, dtype=torch.int8, device=DEVICE)
-    taken: dict[str, list[float]] = {name: [] for name in calls}
-    for turn in range(ROUNDS + 2):
-        for name, call in calls.items():
-            for _ in range(FLUSHES):
-                flush.zero_()
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
-            call()
-            end.record()
-            end.synchronize()
-            if turn >= 2:
-                taken[name].append(start.elapsed_time(end))
-    return taken
 
 
 def yes(what: str, holds: bool, note: str = "") -> Row:
@@ -139,12 +102,11 @@ def yes(what: str, holds: bool, note: str = "") -> Row:
     return row(what, [float(holds)], "", 0.5, 1, note)
 
 
-def lane(problem: Problem, tensors: list[Tensor], config: KernelConfig | None = None) -> Callable[[], Any]:
-    """The kernel on these tensors."""
+def lane(problem: Problem, tensors: list[Tensor], config: KernelConfig) -> Timed:
+    """A kernel on these tensors."""
     launches, valid = prepared(problem, DEVICE)
-    launcher = gate.load(config or kernel(problem))
-    one = Lane(*tensors, launches, launcher, None, valid)
-    return lambda: one(*tensors)
+    one = Lane(*tensors, launches, gate.load(config), None, valid)
+    return Timed(lambda state: one(*tensors))
 
 
 # ---- items -------------------------------------------------------------------------------------------
@@ -153,19 +115,19 @@ def lane(problem: Problem, tensors: list[Tensor], config: KernelConfig | None = 
 def box_loads() -> Iterator[Row]:
     """Boxes of row-major tokens against as many tokens in a row, heads-last both: the same kernel, arithmetic
     left out."""
-    problem, heads = PROBLEMS["hunyuan 30x48x80"]
-    line = _line()
+    problem, line = walked(VIDEO), _line()
     plan, boxes = problem.boxes_for(ARCH), line.boxes_for(ARCH)
     assert plan is not None
     assert boxes is not None
-    tensors = inputs(problem, heads)
+    tensors = comparison.inputs(VIDEO, DEVICE, torch.bfloat16)
     calls = {
         "boxes": lane(problem, tensors, _loads(kernel(problem))),
         "contiguous": lane(line, tensors, _loads(kernel(line))),
     }
-    times = milliseconds(calls)
+    taken = milliseconds(calls, dict.fromkeys(calls, WARM + ROUNDS), DEVICE)
+    times = {name: values[WARM:] for name, values in taken.items()}
     for name, how in (("boxes", plan), ("contiguous", boxes)):
-        bytes_read = heads * _brought(how) * math.prod(how.kv_tile) * HEAD_DIM * 2 * 2
+        bytes_read = VIDEO.heads * _brought(how) * math.prod(how.kv_tile) * HEAD_DIM * 2 * 2
         rates = [bytes_read / ms / 1e9 for ms in times[name]]
         yield row(f"keys and values by {name}, {how.q_tile} queries over {how.kv_tile}", rates, "TB/s")
     per_tile = {
@@ -206,131 +168,32 @@ def _tried(config: KernelConfig) -> tuple[str, str]:
     return outcome, f"{time.perf_counter() - start:.1f} s, {outcome} {reason}".rstrip()
 
 
-def timed(name: str) -> Iterator[Row]:
-    """A problem by every provider: dense by cuDNN, FlexAttention with its permutation, the kernel."""
-    problem, heads = PROBLEMS[name]
-    spec, plan = problem.spec, problem.boxes_for(ARCH)
-    assert plan is not None
-    q, k, v = inputs(problem, heads)
-    bm = gnaflex.block_mask(spec.shape, spec.window, spec.stride, suffix=problem.suffix, device=DEVICE)
-    cuda = partial(gnaflex.flex_attention, q, k, v, block_mask=bm, backend="cuda")
-    calls = {
-        "dense cuDNN": partial(_dense, SDPBackend.CUDNN_ATTENTION, q, k, v),
-        "dense flash": partial(_dense, SDPBackend.FLASH_ATTENTION, q, k, v),
-        "cuda": cuda,
-    }
-    pairs = q.shape[2] * k.shape[2]
-    work = {"cuda": _pairs(problem, plan), "flex": _pairs(problem, plan)}
-    times = yield from _times(name, calls, {one: heads * work.get(one, pairs) for one in calls})
-    if "cuda" not in times:
-        raise RuntimeError(f"{name}: the kernel did not run")
-    if dense := times.get("dense cuDNN"):
-        bound = _bound(problem, plan)
-        achieved = [d * bound / ms for d, ms in zip(dense, times["cuda"], strict=True)]
-        yield row(
-            f"{name}: fraction of the achievable", achieved, "x", 0.85, 0.95, f"dense time x {bound:.4f}"
-        )
-        speedup = [d / ms for d, ms in zip(dense, times["cuda"], strict=True)]
-        yield row(f"{name}: over dense cuDNN", speedup, "x")
-    # apart, as it compiles for long
-    flex = partial(_flex, problem, q, k, v)
-    calls = {"flex": flex, "cuda beside flex": cuda}
-    times = yield from _times(name, calls, dict.fromkeys(calls, heads * work["flex"]))
-    if len(times) == len(calls):
-        ratio = [f / ms for f, ms in zip(*times.values(), strict=True)]
-        yield row(f"{name}: over FlexAttention", ratio, "x")
-        difference = (cuda().float() - flex().float()).abs().max().item()
-        yield row(f"{name}: greatest difference from FlexAttention", [difference], "")
+def compared(name: str) -> Iterator[Facts | Timing | Row]:
+    """A problem by every provider, and whether the kernel comes as near as it must to what tiles allow.
 
-
-def _times(
-    name: str, calls: dict[str, Callable[[], Any]], pairs: dict[str, int]
-) -> Generator[Row, None, dict[str, list[float]]]:
-    """Rows of the calls that run, with the rate of the pairs that each must compute; the milliseconds."""
-    able, why = _able(calls)
-    for one, reason in why.items():
-        yield yes(f"{name}: {one} runs", False, reason)
-    times = milliseconds(able)
-    for one, values in times.items():
-        rate = statistics.median(4e-9 * HEAD_DIM * pairs[one] / ms for ms in values)
-        yield row(f"{name}: {one}", values, "ms", note=f"{rate:.0f} TFLOP/s of what it must compute")
-    return times
-
-
-def _dense(backend: SDPBackend, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    with sdpa_kernel(backend):
-        return scaled_dot_product_attention(q, k, v)
-
-
-def _flex(problem: Problem, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """FlexAttention as a user gets it: tile-major where counts say so, permutation included."""
-    spec = problem.spec
-    if problem.suffix:
-        bm = _tiled(problem)
-        x = (gnaflex.permute(one, bm) for one in (q, k, v))
-        return gnaflex.unpermute(gnaflex.flex_attention(*x, block_mask=bm, backend="flex"), bm)
-    grids = (x.transpose(1, 2).unflatten(1, spec.shape) for x in (q, k, v))
-    out = gnaflex.attention(*grids, spec.window, spec.stride, backend="flex")
-    return out.flatten(1, -3).transpose(1, 2)
-
-
-def _tiled(problem: Problem) -> Any:
-    spec = problem.spec
-    if problem not in _masks:
-        _masks[problem] = gnaflex.block_mask(
-            spec.shape, spec.window, spec.stride, suffix=problem.suffix, q_tile=(2, 8, 8), device=DEVICE
-        )
-    return _masks[problem]
-
-
-_masks: dict[Problem, Any] = {}
-
-
-def _able(calls: dict[str, Callable[[], Any]]) -> tuple[dict[str, Callable[[], Any]], dict[str, str]]:
-    """The calls that run, and why the others do not."""
-    able, why = {}, {}
-    for name, call in calls.items():
-        try:
-            call()
-            torch.cuda.synchronize()
-            able[name] = call
-        except Exception as error:  # of compilers too, and the others are still worth their time
-            traceback.print_exc()
-            why[name] = f"{type(error).__name__}: {str(error)[:200]}"
-    return able, why
-
-
-def _bound(problem: Problem, plan: Plan) -> float:
-    """Rows times keys of the tiles that query boxes visit, by those of dense tiles of 128 x 128. That a tile
-    takes longer which one half of a pair sees alone shows in the fraction of the achievable."""
-    n = problem.spec.num_tokens + problem.prefix + problem.suffix
-    return Q_ROWS * _visited(problem, plan) / (_up(n, Q_ROWS) * _up(n + problem.extra_kv, KV_ROWS))
-
-
-def _visited(problem: Problem, plan: Plan) -> int:
-    """Keys of all query tiles of 128 rows, as the kernel takes them: boxes, and lines of every run of text;
-    queries that are text see the grid by lines too."""
-    rows = math.prod(plan.kv_tile)
-    text = sum(_up(n, rows) for n in problem.texts)
-    queries = sum(_up(n, Q_ROWS) // Q_ROWS for n in problem.texts[:2])
-    boxes = plan.touched_tiles * rows + plan.query_tiles * text
-    return boxes + queries * (_up(problem.spec.num_tokens, rows) + text)
-
-
-def _up(n: int, step: int) -> int:
-    return -(-n // step) * step
-
-
-def _pairs(problem: Problem, plan: Plan) -> int:
-    """Pairs that must be computed."""
-    n, text = problem.spec.num_tokens, sum(problem.texts)
-    return plan.allowed_pairs + n * text + (problem.prefix + problem.suffix) * (n + text)
+    Raises:
+        RuntimeError: when all rows are out, if the kernel did not run forward or was wrong anywhere. It has
+            no backward, so that it does not run there says nothing.
+    """
+    why: str | None = f"{KERNEL} is no provider"
+    for one in comparison.compare(name, problems.FULL[name], DEVICE, torch.bfloat16):
+        yield one
+        if not isinstance(one, Timing) or one.provider != KERNEL:
+            continue
+        if one.direction == "forward":
+            why = one.why
+            if one.achievable is not None:  # now, as a provider may hang later
+                yield row(f"{name}: fraction of the achievable", [one.achievable], "x", 0.85, 0.95)
+        elif one.why and one.why.startswith("WRONG"):
+            why = why or one.why
+    if why:
+        raise RuntimeError(f"{name}: the kernel did not run, or was wrong: {why}")
 
 
 def dispatch() -> Iterator[Row]:
     """Microseconds of the host per call, the GPU idle or busy as may be, and a call in a CUDA graph."""
     bm = gnaflex.block_mask(TINY, device=DEVICE)
-    q, k, v = inputs(Problem(TINY), 2)
+    q, k, v = comparison.inputs(problems.Problem("", TINY, 2, 1, HEAD_DIM), DEVICE, torch.bfloat16)
     call = partial(gnaflex.flex_attention, q, k, v, block_mask=bm, backend="cuda")
     grid = torch.randn(1, *TINY.shape, 2, HEAD_DIM, device=DEVICE, dtype=torch.bfloat16)
     heads_last = partial(gnaflex.attention, grid, grid, grid, TINY.window, TINY.stride, backend="cuda")
@@ -385,7 +248,7 @@ def sanitizer() -> Iterator[Row]:
 ITEMS = {
     "box loads": Item(box_loads, 60),
     "proofs": Item(proofs, 150),
-    **{f"time {name}": Item(partial(timed, name), 120) for name in PROBLEMS},
+    **{f"compare {name}": Item(partial(compared, name), 150) for name in COMPARED},
     "dispatch": Item(dispatch, 60),
     "tests": Item(tests, 360),
     "sanitizer": Item(sanitizer, 180),

@@ -9,8 +9,9 @@ import torch
 from torch._dynamo.utils import counters
 
 import gnaflex
-from benchmarks.cpu_attention import all_full, tensors
-from benchmarks.measure import Row, fresh_process, interleaved, ratios, row
+
+from .cpu_attention import all_full, tensors
+from .measure import Row, fresh_process, interleaved, ratios, row
 
 HUNYUAN = "(30, 48, 80), (18, 24, 24)"
 CASES = [  # what, arguments of block_mask, its extra tokens

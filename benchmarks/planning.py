@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from benchmarks.measure import Row, fresh_process, row
+from .measure import Row, fresh_process, row
 
 MUST, AIM = 10, 5  # milliseconds of a plan in 3-D
 CASES = {  # what, arguments of GNA: 128 * 96 * 96 = 1,179,648 tokens

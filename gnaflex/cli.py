@@ -167,6 +167,26 @@ def _source(options: argparse.Namespace) -> None:
     print(source(spec), end="")
 
 
+# ---- gnaflex bench -----------------------------------------------------------------------------------
+
+
+def _bench_arguments(parser: argparse.ArgumentParser) -> None:
+    from gnaflex.benchmarks.run import add_arguments
+
+    add_arguments(parser)
+
+
+def _bench(options: argparse.Namespace) -> None:
+    from gnaflex.benchmarks.run import Refused, run
+
+    try:
+        code = run(options)
+    except Refused as why:
+        raise CommandError(str(why), USAGE) from why
+    if code:
+        raise CommandError("some items did not end well, as said above.")
+
+
 VERBS = (
     Verb(
         "demo",
@@ -181,6 +201,13 @@ VERBS = (
         "gnaflex source 30x48x80 --window 18x24x24 --stride 16x8x8",
         add_problem,
         _source,
+    ),
+    Verb(
+        "bench",
+        "Time every backend on the problems of models, checked against float64, and write what was measured.",
+        "gnaflex bench\n  gnaflex bench --set full --budget 20m --resume\n  gnaflex bench growth",
+        _bench_arguments,
+        _bench,
     ),
     *plan_verbs.VERBS,
     *kernel_verbs.VERBS,

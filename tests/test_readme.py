@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import subprocess
 import sys
@@ -10,10 +9,12 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks import tables
+from benchmarks.results import load
+
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
-MODELS = ("| FLUX.1-dev 4K |", "| Cosmos-7B |", "| HunyuanVideo |")
-CALLS, ORDERS = ("first call", "later calls"), ("row-major", "tile-major")
+ORDERS = ("row-major", "tile-major")
 
 
 def code(language: str) -> list[str]:
@@ -31,54 +32,76 @@ def test_the_two_commands():
     assert tests.strip() == "pip install torch==2.13.0 '.[test]' && pytest"
 
 
-def test_figures_stand_in_a_results_file():
-    """The table and the sentence below it are what the committed compile_time results say."""
-    (path,) = (ROOT / "benchmarks" / "results").glob("*/compile_time.json")
-    rows = {row["what"]: row["median"] for row in json.loads(path.read_text())["rows"]}
-    table = re.findall(r"^\| (.*) \| ([\d.]+) ms \| ([\d.]+) ms \|$", README, re.MULTILINE)
-    assert len(table) == 7
-    for what, first, later in table:
-        assert float(first) == pytest.approx(rows[f"{what}: first call in a process"], rel=0.05)
-        assert float(later) == pytest.approx(rows[f"{what}: later calls"], rel=0.05)
+@pytest.fixture(scope="module")
+def figures():
+    """Medians of a part by what they are of: those of the one folder that has it."""
+
+    def of(part):
+        (path,) = tables.RESULTS.glob(f"*/{part}.json")
+        return load(path).figures
+
+    return of
+
+
+def test_tables_are_what_the_results_say():
+    """``python -m benchmarks.tables`` writes them anew."""
+    stale = [name for name, old, new in tables.blocks(README) if old != new]
+    assert not stale
+    assert {name.partition(" of ")[0] for name, *_ in tables.blocks(README)} == set(tables.TABLES)
+
+
+def test_every_device_with_a_comparison_has_its_table():
+    there = {path.parent.name for path in tables.RESULTS.glob("*/backends.json")}
+    assert there == {name.partition(" of ")[2] for name, *_ in tables.blocks(README) if "backends" in name}
+
+
+def test_a_stale_table_is_found_and_mended(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(tables, "README", tmp_path / "README.md")
+    monkeypatch.setitem(tables.TABLES, "paper", lambda folder: f"| {folder.name} |\n")
+    text = "a\n<!-- table: paper of x -->\n| old |\n<!-- end -->\nb <!-- table: paper -->\n<!-- end -->\n"
+    tables.README.write_text(text)
+    assert tables.main(["--check"]) == 1
+    assert capsys.readouterr().out == "stale: paper of x, paper\n"
+    assert tables.README.read_text() == text
+    assert tables.main([]) == 0
+    assert tables.README.read_text() == text.replace("| old |", "| x |").replace(
+        "paper -->\n<", "paper -->\n| results |\n<"
+    )
+    assert tables.main(["--check"]) == 0
+
+
+def test_figures_of_masks_stand_in_a_results_file(figures):
+    rows = figures("compile_time")
     took, times = re.search(r"takes ([\d.]+) s for.*?: ([\d,]+) times as long", README).groups()
-    assert float(took) == pytest.approx(rows["30x48x80: compiled create_block_mask"], rel=0.05)
+    assert float(took) == pytest.approx(rows["30x48x80: compiled create_block_mask"]["median"], rel=0.05)
     name = "30x48x80: times faster than compiled create_block_mask"
-    assert float(times.replace(",", "")) == pytest.approx(rows[name], rel=0.05)
-    (path,) = (ROOT / "benchmarks" / "results").glob("*/cpu_attention.json")
-    rows = {row["what"]: row["median"] for row in json.loads(path.read_text())["rows"]}
-    for order in ("row-major", "tile-major"):
+    assert float(times.replace(",", "")) == pytest.approx(rows[name]["median"], rel=0.05)
+    rows = figures("cpu_attention")
+    for order in ORDERS:
         said = re.search(rf"([\d.]+) \({order}\)", README).group(1)
         name = f"16x32x32 window 9x13x13 fp32, {order}: over the same lists all full"
-        assert float(said) == pytest.approx(rows[name], abs=0.02)
+        assert float(said) == pytest.approx(rows[name]["median"], abs=0.02)
 
 
-def test_figures_of_joint_masks_stand_in_a_results_file():
-    (path,) = (ROOT / "benchmarks" / "results").glob("*/joint_masks.json")
-    rows = {row["what"]: row["median"] for row in json.loads(path.read_text())["rows"]}
-    table = re.findall(r"^\| (.*), `(.*)` \| (.*), (.*) ms \| (.*), (.*) ms \|$", README, re.MULTILINE)
-    assert len(table) == 6
-    for what, extra, *figures in table:
-        names = [f"{what}, {text}: {call}" for call in CALLS for text in ("without text", extra)]
-        assert [float(one) for one in figures] == pytest.approx([rows[name] for name in names], abs=0.06)
+def test_figures_of_joint_masks_stand_in_a_results_file(figures):
+    rows = figures("joint_masks")
     said = re.search(r"takes ([\d.]+) \(row-major\) and ([\d.]+) \(tile-major\) times the same lists", README)
-    names = [
-        f"16x32x32 window 9x13x13 fp32, {order}, suffix: over the same lists all full" for order in ORDERS
-    ]
-    assert [float(one) for one in said.groups()] == pytest.approx([rows[name] for name in names], abs=0.01)
-    assert rows["graphs over ten windows, prompts and biases of one grid"] == 1
+    for order, one in zip(ORDERS, said.groups(), strict=True):
+        name = f"16x32x32 window 9x13x13 fp32, {order}, suffix: over the same lists all full"
+        assert float(one) == pytest.approx(rows[name]["median"], abs=0.01)
+    assert rows["graphs over ten windows, prompts and biases of one grid"]["median"] == 1
 
 
-def test_figures_of_dispatch_stand_in_a_results_file():
-    (path,) = (ROOT / "benchmarks" / "results").glob("*/dispatch_cost.json")
-    rows = {row["what"]: row["median"] for row in json.loads(path.read_text())["rows"]}
-    plain, grid = (rows[f"{name} to the launch of a kernel"] for name in ("flex_attention", "attention"))
+def test_figures_of_dispatch_stand_in_a_results_file(figures):
+    rows = figures("dispatch_cost")
+    names = (f"{name} to the launch of a kernel" for name in ("flex_attention", "attention"))
+    plain, grid = (rows[name]["median"] for name in names)
     said = f"takes {plain:.0f} us (`flex_attention`) or {grid:.0f} us (`attention`) until the launch"
     assert said in README
 
 
-def test_figures_of_planning_stand_in_a_results_file():
-    (path,) = (ROOT / "benchmarks" / "results").glob("*/planning.json")
-    rows = {row["what"]: row for row in json.loads(path.read_text())["rows"]}
+def test_figures_of_planning_stand_in_a_results_file(figures):
+    rows = figures("planning")
     said = re.search(
         r"takes ([\d.]+) to ([\d.]+) ms with.*?and ([\d.]+) to ([\d.]+) ms with", README
     ).groups()
@@ -95,29 +118,6 @@ def test_figures_of_planning_stand_in_a_results_file():
     assert float(re.search(r"are searched in ([\d.]+) s", README).group(1)) == pytest.approx(
         max(searched), rel=0.05
     )
-
-
-def test_the_papers_table_is_what_the_planner_counts():
-    from gnaflex.paper import CONFIGURATIONS
-
-    lines = [line for line in README.splitlines() if line.startswith(MODELS)]
-    table = [[one.strip() for one in line.split("|")[1:-1]] for line in lines if "→" not in line]
-    assert len(table) == len(CONFIGURATIONS)
-    for (_, window, stride, *figures), row in zip(table, CONFIGURATIONS, strict=True):
-        plan = row.plan
-        assert window == "x".join(map(str, row.window))
-        assert stride == "x".join(map(str, row.stride))
-        counted = (plan.flop_speedup, plan.tile_speedup_worst, plan.tile_speedup_mean)
-        assert figures[:3] == [f"{one:.2f}" for one in counted]
-        assert (figures[3] == "yes") == plan.is_block_sparse
-        printed = row.all_steps
-        models = (
-            row.simulated(),
-            printed and printed.simulated,
-            row.estimated(),
-            printed and printed.measured,
-        )
-        assert figures[4:] == ["" if one is None else f"{one:.2f}" for one in models]
 
 
 def test_every_public_name_has_its_line():

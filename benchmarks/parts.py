@@ -1,0 +1,49 @@
+"""What can be measured: parts of the benchmark, each a set of items and a results file."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import torch
+
+from .engine import Item
+from .problems import SETS
+
+SMALLER = ("compile_time", "cpu_attention", "dispatch_cost", "joint_masks", "planning")
+PARTS = ("backends", "growth", *SMALLER)
+LIMIT_S = {"full": 300.0, "small": 120.0, "quick": 120.0}  # of a problem
+QUICK_S, LONG_S = 120.0, 900.0  # of a part that is one item
+
+
+def items(part: str, which: str, device: torch.device) -> dict[str, Item]:
+    """The items of a part, most telling first; ``which`` is a set of problems (problems.SETS)."""
+    if part == "backends":
+        from .overhead import overhead
+
+        found = {name: Item(partial(_compared, name, which, device), LIMIT_S[which]) for name in SETS[which]}
+        return found | {"dispatch": Item(partial(overhead, device), 60.0)}
+    if part == "growth":
+        from . import growth
+
+        return growth.items(device)
+    quick = which == "quick"
+    return {part: Item(partial(_smaller, part, quick), QUICK_S if quick else LONG_S)}
+
+
+def _compared(name: str, which: str, device: torch.device) -> Iterator[Any]:
+    from .comparison import compare
+
+    return compare(name, SETS[which][name], device, dtype_on(device))
+
+
+def _smaller(part: str, quick: bool) -> Iterator[Any]:
+    measure: Callable[[bool], Iterator[Any]] = importlib.import_module(f".{part}", __package__).measure
+    return measure(quick)
+
+
+def dtype_on(device: torch.device) -> torch.dtype:
+    """What models run in there."""
+    return torch.float32 if device.type == "cpu" else torch.bfloat16
