@@ -184,6 +184,11 @@ def _timings(
 ) -> Iterator[Timing]:
     """Rows of the providers that gave the right result."""
     device = tensors[0].device
+    if direction == "backward":  # of a slow one only forward and backward together are known
+        slow, able = [one for one in able if one.is_slow], [one for one in able if not one.is_slow]
+        for one in slow:
+            why = f"forward and backward take {one.took_s:.0f} s: too long to time backward alone"
+            yield Timing(name, one.name, direction, why)
     calls = {one.name: _timed(one.ready, tensors, direction) for one in able if not one.is_slow}
     times = milliseconds(calls, {one.name: one.rounds for one in able if not one.is_slow}, device)
     times |= {one.name: [1e3 * one.took_s] for one in able if one.is_slow}

@@ -39,7 +39,7 @@ SIZES = (
 WINDOW, TILE, HEAD_DIM = (4, 8, 8), (2, 8, 8), 64
 
 CALL_S = 10.0  # a call that would take longer is not made
-WALK_S = 90.0  # nor a size begun that would end later in its walk; all walks take 5 minutes (two CPU cores)
+WALK_S = 90.0  # nor a size begun that would end later in its walk: 4 to 6 minutes for all on two CPU cores
 SHARE = 0.5  # of the memory that is there, as the most that a size may take
 RUNS, RUNS_S = 5, 2.0  # calls that are timed, or as many as this time holds
 LEAST = 1e-6  # seconds or MiB: a call of a small mask may seem to take no memory at all

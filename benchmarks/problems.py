@@ -1,7 +1,8 @@
 """The problems that backends are compared on, as data: most telling first, each with a small likeness.
 
-The full ones are those of models; a CPU takes their likenesses: fewer tokens, one head of at most 64 channels,
-windows and strides in whole tiles where the full ones are, so that what is perfectly block-sparse stays so.
+The full ones are those of models; a CPU takes their likenesses: fewer tokens, one head of at most 64
+channels, windows and strides in whole tiles where the full ones are, so that what is perfectly block-sparse
+stays so.
 """
 
 from __future__ import annotations

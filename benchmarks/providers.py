@@ -60,7 +60,7 @@ def dense(backend: SDPBackend, problem: Problem, device: torch.device) -> Ready:
         with sdpa_kernel(backend):
             return scaled_dot_product_attention(q, k, v)
 
-    return Ready(call, compiles=False)
+    return Ready(call, compiles=device.type == "cuda")  # libraries load their kernels in a first call
 
 
 # ---- FlexAttention with torch's own mask ----------------------------------------------------------------

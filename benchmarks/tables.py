@@ -202,12 +202,11 @@ def _growth(folder: Path) -> str:
     rows = []
     for subject in dict.fromkeys(point["subject"] for point in found.points):
         mine = [point for point in found.points if point["subject"] == subject and "ms" in point]
-        last = mine[-1]
-        power = exponent(mine)
-        rows.append(
-            [subject, f"{last['tokens']:,}", _short(last["ms"]), "" if power is None else f"{power:.2f}"]
-        )
-    return _markdown(("", "most tokens", "ms there", "grows as tokens to the"), rows)
+        if mine:
+            powers = (exponent(mine, field) for field in ("ms", "peak_mib"))
+            figures = ("" if power is None else f"{power:.2f}" for power in powers)
+            rows.append([_title(subject), f"{mine[-1]['tokens']:,}", _short(mine[-1]["ms"]), *figures])
+    return _markdown(("", "most tokens", "ms there", "time grows as tokens to the", "memory to the"), rows)
 
 
 TABLES: dict[str, Callable[[Path], str]] = {

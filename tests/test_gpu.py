@@ -496,7 +496,7 @@ def test_a_call_waits_for_the_work_of_its_stream():
 
 @pytest.mark.usefixtures("launched")
 def test_a_video():
-    problem = gpu_items.PROBLEMS["hunyuan 30x48x80"][0]
+    problem = gpu_items.walked(gpu_items.VIDEO)
     tokens = tensors(Try(problem, layout="heads last"), torch.bfloat16, 128, DEVICE)
     bm = door_mask(problem, DEVICE)
     options = {"block_mask": bm, "return_lse": True}

@@ -124,8 +124,10 @@ def test_attention_is_timed_by_the_clock_of_the_device_and_masks_by_that_of_the_
         return {key: [7.0] for key in calls}
 
     monkeypatch.setattr(growth, "milliseconds", milliseconds)
+    waits = []
+    monkeypatch.setattr(growth, "finished", waits.append)
     assert [one.ms for one in walk(costs.subject, CPU)] == pytest.approx([1.0] * 4)
-    assert rounds == []
+    assert (rounds, waits) == ([], [CPU] * 4 * (1 + growth.RUNS))
     assert [one.ms for one in walk(costs.subject._replace(is_mask=False), CPU)] == [7.0] * 4
     assert rounds == [({"": growth.RUNS}, CPU)] * 4
 

@@ -80,9 +80,13 @@ def test_growth(folder):
         {"subject": "mask", "tokens": 2**n, "ms": 2.0**n / 4096, "peak_mib": 4.0**n / 2**20}
         for n in range(10, 21)
     ]
-    found = tables._growth(folder("growth", *points, {"subject": "mask", "tokens": 2**21, "why": "too long"}))
+    ends = [
+        {"subject": "mask", "tokens": 2**21, "why": "slow"},
+        {"subject": "cuda", "tokens": 1, "why": "no GPU"},
+    ]
+    found = tables._growth(folder("growth", *points, *ends))
     header, _, row = found.splitlines()
-    assert row.startswith("| mask | 1,048,576 | 256 | 1.00 |")
+    assert row.startswith("| mask | 1,048,576 | 256 | 1.00 | 2.00 |")
     assert header.count("|") == row.count("|")
 
 
