@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,7 +44,8 @@ class Timing:
     """A provider on a problem in one direction, or ``why`` there is none. Times are medians.
 
     ``low`` and ``high`` bound the ``runs`` of ``ms``. ``mask_ms`` is the making of a mask, which ``layers``
-    calls share; ``first_s`` the first call of a process, compilers and mask included. ``error`` is the
+    calls share; ``first_s`` the first call of a process that goes forward, or backward, compilers and mask
+    included (of "backward" and "both" it is one, whose mask may be there already). ``error`` is the
     greatest of the checked rows by what it may be (truth.py). ``peak_mib`` is what a call takes at its peak,
     ``mask_peak_mib`` the making of its mask.
 
@@ -112,7 +113,7 @@ def compare(
             else:
                 yield from (Timing(name, provider, direction, found) for direction in directions)
         for direction in directions:
-            yield from _timings(name, problem, tensors, direction, able)
+            yield from _timings(name, problem, truth, direction, able)
 
 
 def facts_of(name: str, problem: Problem, dtype: torch.dtype) -> Facts:
@@ -139,6 +140,7 @@ def inputs(problem: Problem, device: torch.device, dtype: torch.dtype) -> list[T
 def _contender(provider: str, make: Make, problem: Problem, truth: Truth) -> Contender | str:
     """A provider after its first call, whose result is checked, and a second; or why there is none."""
     device, is_dense = truth.tensors[0].device, provider in DENSE
+    truth.prepare(is_dense)
     try:
         start = time.perf_counter()
         ready = make(problem, device)
@@ -146,8 +148,8 @@ def _contender(provider: str, make: Make, problem: Problem, truth: Truth) -> Con
         finished(device)
         first_s = time.perf_counter() - start
         error = truth.error(found, is_dense)
-        if not error <= 1:
-            return f"WRONG: its error is {error:.3g} times what {truth.tensors[0].dtype} may have"
+        if why := _wrong(truth, error):
+            return why
         took_s = first_s
         if ready.compiles or first_s <= SLOW_S:
             timed = _timed(ready, truth.tensors, "both" if truth.gradients else "forward")
@@ -155,9 +157,23 @@ def _contender(provider: str, make: Make, problem: Problem, truth: Truth) -> Con
     except CannotRun as refusal:
         return str(refusal)
     except Exception as error:  # of compilers too, and the others are still worth their time
-        traceback.print_exc()
-        return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        truth.was_changed()
+        return _in_a_line(error)
     return Contender(provider, ready, first_s, took_s, error)
+
+
+def _wrong(truth: Truth, error: float) -> str:
+    """What is wrong with a call that had this error, or ""."""
+    if truth.was_changed():
+        return "WRONG: it writes into q, k or v"
+    return (
+        "" if error <= 1 else f"WRONG: its error is {error:.3g} times what {truth.tensors[0].dtype} may have"
+    )
+
+
+def _in_a_line(error: Exception) -> str:
+    traceback.print_exception(error)
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
 
 
 def _timed(ready: Ready, tensors: list[Tensor], direction: str) -> Timed:
@@ -180,48 +196,88 @@ def _timed(ready: Ready, tensors: list[Tensor], direction: str) -> Timed:
 
 
 def _timings(
-    name: str, problem: Problem, tensors: list[Tensor], direction: str, able: list[Contender]
+    name: str, problem: Problem, truth: Truth, direction: str, able: list[Contender]
 ) -> Iterator[Timing]:
     """Rows of the providers that gave the right result."""
-    device = tensors[0].device
+    device, failed = truth.tensors[0].device, dict[str, str]()
     if direction == "backward":  # of a slow one only forward and backward together are known
-        slow, able = [one for one in able if one.is_slow], [one for one in able if not one.is_slow]
-        for one in slow:
-            why = f"forward and backward take {one.took_s:.0f} s: too long to time backward alone"
-            yield Timing(name, one.name, direction, why)
-    calls = {one.name: _timed(one.ready, tensors, direction) for one in able if not one.is_slow}
-    times = milliseconds(calls, {one.name: one.rounds for one in able if not one.is_slow}, device)
+        failed = {
+            one.name: f"forward and backward take {one.took_s:.0f} s: too long to time backward alone"
+            for one in able
+            if one.is_slow
+        }
+    quick = [one for one in able if not one.is_slow]
+    calls = {
+        one.name: _guarded(one.name, _timed(one.ready, truth.tensors, direction), failed) for one in quick
+    }
+    times = milliseconds(calls, {one.name: one.rounds for one in quick}, device)
+    truth.was_changed()  # by one that failed halfway
     times |= {one.name: [1e3 * one.took_s] for one in able if one.is_slow}
-    dense = min((statistics.median(times[one]) for one in DENSE if one in times), default=None)
+    dense = min(
+        (statistics.median(times[one]) for one in DENSE if one in times.keys() - failed.keys()), default=None
+    )
     for one in able:
-        found = _measured(one, times[one.name], tensors, direction)
-        yield Timing(name, one.name, direction, **found, **_compared(one, found, problem, direction, dense))
+        if one.name not in failed:
+            try:
+                found = _measured(one, times[one.name], truth, direction)
+                compared = _compared(one, found, problem, direction, dense)
+                yield Timing(name, one.name, direction, **found, **compared)
+            except Exception as error:
+                failed[one.name] = str(error) if isinstance(error, CannotRun) else _in_a_line(error)
+        if one.name in failed:
+            yield Timing(name, one.name, direction, failed[one.name])
 
 
-def _measured(
-    one: Contender, values: list[float], tensors: list[Tensor], direction: str
-) -> dict[str, float | None]:
-    """Time and memory of a call and of its mask."""
-    device, make = tensors[0].device, one.ready.mask
-    whole = _timed(one.ready, tensors, "forward" if direction == "forward" else "both")
+def _guarded(name: str, timed: Timed, failed: dict[str, str]) -> Timed:
+    """The same, but that a failure is kept, and nothing is done any more: the others go on."""
+
+    def guard(call: Callable[..., Any]) -> Callable[..., Any]:
+        def guarded(*state: Any) -> Any:
+            if name in failed:
+                return None
+            try:
+                return call(*state)
+            except Exception as error:
+                failed[name] = _in_a_line(error)
+
+        return guarded
+
+    return Timed(guard(timed.call), guard(timed.before))
+
+
+def _measured(one: Contender, values: list[float], truth: Truth, direction: str) -> dict[str, float | None]:
+    """Time and memory of a call and of its mask; after a last check.
+
+    Raises:
+        CannotRun: the result is no longer right.
+    """
+    device, make, error = truth.tensors[0].device, one.ready.mask, one.error
     found: dict[str, Any] = {
         "ms": statistics.median(values), "low": min(values), "high": max(values), "runs": len(values),
-        "first_s": one.first_s, "error": one.error,
-        "peak_mib": None if one.is_slow else peak_mib(lambda: whole.call(None), device),
+        "first_s": one.first_s,
     }  # fmt: skip
+    if not one.is_slow:
+        error = max(error, truth.error(truth.of_call(one.ready.call), one.name in DENSE))
+        if why := _wrong(truth, error):
+            raise CannotRun(why)
+        whole = _timed(one.ready, truth.tensors, "both" if truth.gradients else "forward")
+        found["peak_mib"] = peak_mib(lambda: whole.call(None), device)
+    found["error"] = error
     if make is None:
         return found
-    times = [1e3 * seconds(lambda: (make(), finished(device))) for _ in range(MASKS)]
-    return found | {"mask_ms": statistics.median(times), "mask_peak_mib": peak_mib(make, device)}
+    with torch.no_grad():
+        times = [1e3 * seconds(lambda: (make(), finished(device))) for _ in range(MASKS)]
+        return found | {"mask_ms": statistics.median(times), "mask_peak_mib": peak_mib(make, device)}
 
 
 def _compared(
     one: Contender, found: dict[str, Any], problem: Problem, direction: str, dense: float | None
 ) -> dict[str, float]:
-    """A time against the best dense one of the same run."""
+    """A time against the best dense one of the same run; the mask is made before forward."""
     if dense is None or one.name in DENSE:
         return {}
-    speedup = dense / (found["ms"] + found.get("mask_ms", 0) / problem.layers)
+    mask_ms = found.get("mask_ms", 0) if direction != "backward" else 0
+    speedup = dense / (found["ms"] + mask_ms / problem.layers)
     out = {"speedup": speedup, "achievable": speedup / problem.work_speedup}
     if direction == "forward" and one.ready.speedup is not None:
         out["predicted_ms"] = dense / one.ready.speedup

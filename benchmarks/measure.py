@@ -215,8 +215,10 @@ def _cpu() -> str:
 
 
 def _commit() -> str:
-    """That of the source tree, with a + if it has changes; "" where there is no git."""
-    here = Path(__file__).parent
+    """That of the source tree, with a + if it has changes; "" where there is none, or no git."""
+    here = Path(__file__).parent.parent
+    if not (here / ".git").exists():  # installed, maybe inside a tree that is someone else's
+        return ""
     with contextlib.suppress(FileNotFoundError):
         commit, changes = (
             subprocess.run(["git", *words], cwd=here, capture_output=True, text=True, check=False).stdout

@@ -160,24 +160,23 @@ def _reasons(backend: str) -> Iterator[None]:
 
 
 def _ours_with_text(backend: str, problem: Problem, device: torch.device) -> Ready:
-    layout, rows = _layout(backend, problem, device)
-    arguments: dict[str, Any] = {"prefix": problem.prefix, "suffix": problem.suffix, "device": device}
-    if layout.q_tile is not None:
-        arguments |= {"q_tile": layout.q_tile, "kv_tile": layout.kv_tile}
-    if backend == "flash":
-        order = Order((Document(layout, prefix=problem.prefix, suffix=problem.suffix),))
-        arguments |= {"form": flash.form_of((order,), rows), "block_size": (rows, BLOCK)}
-
     def mask() -> Any:
-        return gnaflex.block_mask(problem.spec, **arguments)
+        layout, rows = _layout(backend, problem, device)
+        text = {"prefix": problem.prefix, "suffix": problem.suffix}
+        more: dict[str, Any] = {"q_tile": layout.q_tile, "kv_tile": layout.kv_tile} if layout.q_tile else {}
+        if backend == "flash":
+            form = flash.form_of((Order((Document(layout, **text),)),), rows)
+            more |= {"form": form, "block_size": (rows, BLOCK)}
+        return gnaflex.block_mask(problem.spec, **text, **more, device=device)
 
     bm = mask()
+    is_tiled = _layout(backend, problem, device)[0].q_tile is not None
 
     def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        ordered = [gnaflex.permute(x, bm) for x in (q, k, v)] if layout.q_tile else [q, k, v]
+        ordered = [gnaflex.permute(x, bm) for x in (q, k, v)] if is_tiled else [q, k, v]
         with _reasons(backend):
             out: Tensor = gnaflex.flex_attention(*ordered, block_mask=bm, backend=backend)
-        return gnaflex.unpermute(out, bm) if layout.q_tile else out
+        return gnaflex.unpermute(out, bm) if is_tiled else out
 
     return Ready(call, mask, predicted(backend, problem, device))
 

@@ -89,7 +89,5 @@ def generic(rows: list[dict[str, Any]]) -> Table:
         bounds = [f"{row[bound]:g}" if row.get(bound) is not None else "" for bound in ("must", "aim")]
         spread = f"{row['low']:.4g} .. {row['high']:.4g}"
         verdict, note = row.get("verdict", ""), row.get("note", "")
-        table.add_row(
-            row["what"], f"{row['median']:.4g} {row['unit']}", spread, *bounds, verdict, note
-        )
+        table.add_row(row["what"], f"{row['median']:.4g} {row['unit']}", spread, *bounds, verdict, note)
     return table

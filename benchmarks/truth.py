@@ -47,7 +47,19 @@ class Truth:
         self.rows = torch.tensor(listed, device=device)
         self.tensors, self.gradients = tensors, gradients
         self._pairs = seen_by(problem, listed).to(device)
+        self._given = [x.clone() for x in tensors]
         self._known: dict[bool, tuple[Tensors, float]] = {}
+
+    def prepare(self, is_dense: bool) -> None:
+        """Compute what is right, before anyone could change the inputs."""
+        self._exact(is_dense)
+
+    def was_changed(self) -> bool:
+        """Whether a call wrote into its inputs; they are put right then."""
+        changed = [x for x in zip(self.tensors, self._given, strict=True) if not torch.equal(*x)]
+        for x, given in changed:
+            x.copy_(given)
+        return bool(changed)
 
     def error(self, found: Tensors, is_dense: bool = False) -> float:
         """The greatest error of what a call gave by what it may be: 1 is twice that of plain arithmetic in
@@ -78,16 +90,17 @@ class Truth:
         return torch.autograd.grad(out, leaves, self._cotangent().to(out.dtype))
 
     def of_call(self, call: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Tensors:
-        """What a call on all queries gives for the checked ones."""
+        """What a call on all queries gives for the checked ones; NaN if anything else is not finite."""
         if not self.gradients:
             with torch.no_grad():
-                return (call(*self.tensors)[:, :, self.rows],)
+                out = call(*self.tensors)
+                return (_if_finite(out)[:, :, self.rows],)
         leaves = [x.detach().requires_grad_() for x in self.tensors]
         out = call(*leaves)
         cotangent = torch.zeros_like(out)
         cotangent[:, :, self.rows] = self._cotangent().to(out.dtype)
         dq, dk, dv = torch.autograd.grad(out, leaves, cotangent)
-        return dq[:, :, self.rows], dk, dv
+        return _if_finite(dq)[:, :, self.rows], dk, dv
 
     def _cotangent(self) -> Tensor:
         """Of the checked queries, in the dtype: exact gradients are those of what calls are given."""
@@ -96,10 +109,15 @@ class Truth:
         return torch.randn(like.shape, device=like.device, generator=generator).to(like.dtype)
 
 
+def _if_finite(x: Tensor) -> Tensor:
+    return x if x.isfinite().all() else torch.full_like(x, math.nan)
+
+
 def _stepwise(q: Tensor, k: Tensor, v: Tensor, pairs: Tensor) -> Tensor:
     """Attention, every step in the dtype: fused backwards round in other places, and some add up in it."""
     scores = q * q.shape[-1] ** -0.5 @ k.transpose(-1, -2)
-    return scores.masked_fill(~pairs, -math.inf).softmax(-1) @ v
+    out: Tensor = scores.masked_fill(~pairs, -math.inf).softmax(-1) @ v
+    return out
 
 
 def _difference(found: Tensors, exact: Tensors) -> float:

@@ -13,7 +13,7 @@ from gnaflex.cuda_backend import fast_path
 from torch.nn.functional import scaled_dot_product_attention
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # a plain pytest does not find what is not installed
-from benchmarks import comparison, measure
+from benchmarks import comparison, measure, truth
 from benchmarks.comparison import Facts, Timing, compare, facts_of, inputs
 from benchmarks.problems import Problem
 from benchmarks.providers import CannotRun, Ready
@@ -21,7 +21,7 @@ from gnaflex.reference import dense_mask
 from gnaflex.spec import GNA
 
 CPU = torch.device("cpu")
-ONE = Problem("one", GNA((8, 16), (4, 4), (4, 4)), 2, 10, 16)
+ONE = Problem("one", GNA((16, 32), (4, 8), (4, 8)), 2, 10, 16)
 TRAINS = replace(ONE, trains=True)
 MASK = dense_mask(ONE.spec)
 FLASH, EFFICIENT = "dense, flash", "dense, efficient"
@@ -122,8 +122,8 @@ def compared(providers, problem=ONE):
 
 
 def test_a_time_is_a_median_of_rounds(clock):
-    """The first two calls are none of them; nor is the one whose memory is read."""
-    times = 9.0, 0.5, *(1.0, 3.0, 2.0), 7.0
+    """The first two calls are none of them; nor are the last check, and the one whose memory is read."""
+    times = 9.0, 0.5, *(1.0, 3.0, 2.0), 7.0, 8.0
     provider = Fake(clock, *times, making=4.0, mask=(5.0, 0.25, 0.125))
     one = compared({"it": provider})["it", "forward"]
     assert (one.ms, one.low, one.high, one.runs) == (2000, 1000, 3000, 3)
@@ -143,7 +143,7 @@ def test_a_time_is_a_median_of_rounds(clock):
 def test_how_often(clock, seconds, rounds):
     provider = Fake(clock, seconds)
     assert compared({"it": provider})["it", "forward"].runs == rounds
-    assert provider.calls == 2 + rounds + 1
+    assert provider.calls == 2 + rounds + 2
 
 
 def test_providers_take_turns(clock):
@@ -152,7 +152,7 @@ def test_providers_take_turns(clock):
     for name, one in providers.items():
         one.call = lambda *x, one=one, name=name: order.append(name) or Fake.call(one, *x)
     compared(providers)
-    assert "".join(order) == "aabbcc" + 3 * "abc" + "abc"
+    assert "".join(order) == "aabbcc" + 3 * "abc" + "aabbcc"
 
 
 def test_directions(clock):
@@ -218,6 +218,21 @@ def test_a_wrong_one_is_not_timed(clock):
     assert found["right", "forward"].speedup is None
 
 
+@pytest.mark.parametrize(
+    "error, why", [(1.0, None), (1.01, "WRONG: its error is 1.01 times what torch.float32 may have")]
+)
+def test_how_wrong_is_wrong(clock, monkeypatch, error, why):
+    """And what is held against it is no part of its time."""
+
+    def held(truth, found, is_dense):
+        clock.now += 100
+        return error
+
+    monkeypatch.setattr(comparison.Truth, "error", held)
+    one = compared({"it": Fake(clock, 1.0)})["it", "forward"]
+    assert (one.why, one.first_s, one.error) == (why, None if why else 1, None if why else error)
+
+
 def test_only_its_gradients_may_be_wrong(clock):
     found = compared({"it": Fake(clock, 1.0, wrong="backward")}, TRAINS)
     assert found["it", "forward"].ms == 1000
@@ -262,6 +277,7 @@ def test_a_crash_of_the_machine_is_nobody_s_line(clock):
 
 def test_speedup_is_over_the_best_dense_one_with_a_share_of_the_mask(clock):
     bound = ONE.work_speedup
+    assert bound > 1.5
     found = compared({
         FLASH: dense(clock, 3.0), EFFICIENT: dense(clock, 2.0, speedup=9.0),
         "masked": Fake(clock, 0.5, mask=(1.25,), speedup=5.0), "bare": Fake(clock, 0.5),
@@ -317,7 +333,7 @@ def test_inputs_lie_as_models_make_them():
     first, again = (inputs(ONE, CPU, torch.bfloat16) for _ in range(2))
     for a, b in zip(first, again, strict=True):
         assert torch.equal(a, b)
-        assert (a.shape, a.dtype) == ((1, 2, 128, 16), torch.bfloat16)
+        assert (a.shape, a.dtype) == ((1, 2, 512, 16), torch.bfloat16)
         assert a.transpose(1, 2).is_contiguous()
     assert not torch.equal(first[0], first[1])
     assert not torch.equal(first[1], first[2])
@@ -355,3 +371,70 @@ def test_times_are_waited_for(clock, monkeypatch):
     monkeypatch.setattr(comparison, "finished", waited.append)
     compared({"it": Fake(clock, 1.0, mask=(1.0,))})
     assert waited == [CPU] * (1 + 1 + comparison.MASKS)
+
+
+# ---- what goes wrong late ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("at", [2, 4, 5, 6], ids=["timed first", "timed last", "checked again", "memory"])
+def test_a_late_failure_takes_nobody_along(clock, at):
+    providers = {FLASH: dense(clock, 0.5), "bad": Fake(clock, 0.5, fails={at: RuntimeError("out of luck")}),
+                 "good": Fake(clock, 0.25)}  # fmt: skip
+    found = compared(providers)
+    bad, good = (found[name, "forward"] for name in ("bad", "good"))
+    assert (bad.why, bad.ms) == ("RuntimeError: out of luck", None)
+    assert (good.why, good.ms, good.speedup) == (None, 250, 2)
+
+
+def test_a_dense_call_that_fails_late_is_no_yardstick(clock):
+    providers = {FLASH: dense(clock, 0.125, fails={3: RuntimeError("no")}), EFFICIENT: dense(clock, 1.0),
+                 "it": Fake(clock, 0.5)}  # fmt: skip
+    found = compared(providers)
+    assert found[FLASH, "forward"].why == "RuntimeError: no"
+    assert found["it", "forward"].speedup == 2
+
+
+def test_a_result_that_changes_later_is_wrong(clock):
+    provider = Fake(clock, 0.5)
+    right = provider.call
+    provider.call = lambda *x: right(*x) * (3 if provider.calls > 4 else 1)
+    assert compared({"it": provider})["it", "forward"].why.startswith("WRONG: its error is ")
+
+
+def test_inputs_must_stay(clock):
+    class Zeroes(Fake):
+        def call(self, q, k, v):
+            out = super().call(q, k, v)
+            k.detach().zero_()
+            return out
+
+    found = compared({"it": Zeroes(clock, 0.5), "other": Fake(clock, 0.5)}, TRAINS)
+    assert found["it", "forward"].why == "WRONG: it writes into q, k or v"
+    assert "modified by an inplace operation" in found["it", "both"].why  # autograd is first
+    assert [found["other", direction].why for direction in ("forward", "backward", "both")] == [None] * 3
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_rows_that_are_not_checked_must_be_finite(clock, bad):
+    provider = Fake(clock, 0.5)
+    right = provider.call
+    row = next(row for row in range(512) if row not in truth.rows_of(ONE))
+
+    def call(*x):
+        out = right(*x).clone()
+        out[:, :, row] = bad
+        return out
+
+    provider.call = call
+    assert (
+        compared({"it": provider})["it", "forward"].why
+        == "WRONG: its error is inf times what torch.float32 may have"
+    )
+
+
+def test_backward_alone_needs_no_mask(clock):
+    found = compared(
+        {FLASH: dense(clock, 0.5, backward=1.0), "it": Fake(clock, 0.5, backward=1.0, mask=(10.0,))}, TRAINS
+    )
+    assert found["it", "backward"].speedup == 1
+    assert found["it", "both"].speedup == pytest.approx(1.5 / 2.5)

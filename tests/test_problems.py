@@ -299,9 +299,11 @@ def test_predictions_of_a_gpu_are_estimates(gpu):
     boxes, sizes = fast_path.Problem(TILED.spec).boxes, (TILED.heads, TILED.head_dim)
     of_cuda = gnaflex.estimate(boxes, *sizes, device="H200", backend="cuda").speedup
     assert predicted("cuda", TILED, CUDA) == of_cuda != predicted("cuda", TILED, CPU)
-    tiles = Plan(TILED.spec, (8, 16), (8, 16), "static")
-    of_flex = gnaflex.estimate(tiles, *sizes, device="H200", backend="flex").speedup
-    assert predicted("flex", TILED, CUDA) == of_flex != predicted("flex", TILED, CPU)
+    ragged = Problem("", GNA((12, 24, 24), 5), 24, 1)
+    tile = advice.cheapest_layout(ragged.spec).q_tile
+    tiles = Plan(ragged.spec, tile, tile, "static")
+    of_flex = gnaflex.estimate(tiles, 24, 128, device="H200", backend="flex").speedup
+    assert predicted("flex", ragged, CUDA) == of_flex != predicted("flex", ragged, CPU)
     assert predicted("flash", LITTLE, CUDA) == pytest.approx(ratio(LITTLE, 128))  # whose rate nobody knows
     assert predicted("flex", LITTLE, CUDA) == predicted("flex", LITTLE, CPU)  # row-major, which has no tiles
     text = replace(TILED, suffix=9)
