@@ -208,6 +208,8 @@ BARS = {
     "FlexAttention, create_block_mask": COLORS[1],
     "NATTEN": GREY,
 }
+SHORTEST = 0.2  # speed-up that has a bar of its length; slower ones would squeeze the others
+INSIDE = 1.8  # speed-up whose bar has room for its figure
 BAR, HEAD = 0.16, 0.34  # inches: of a bar, and of a problem's name with the space above it
 
 
@@ -228,7 +230,7 @@ def backends_figure(found: Results) -> Figure:
     ax.set_ylim(y + 0.06, 0.06)
     ax.set_yticks([*names], [*names.values()])
     values = [x for facts, bars in shown for x in (facts["work_speedup"], *bars.values())]
-    _speed_axis(ax, min(1.0, *values), max(values))
+    _speed_axis(ax, min(1.0, max(SHORTEST, min(values))), max(values))
     return picture
 
 
@@ -260,9 +262,23 @@ def _group(ax: Axes, top: float, facts: Row, bars: dict[str, float]) -> dict[flo
 
 
 def _bar(ax: Axes, y: float, value: float, color: str) -> None:
-    ax.barh(y, value - 1, 0.8 * BAR, left=1, color=color)
+    end = max(value, SHORTEST)
+    ax.barh(y, end - 1, 0.8 * BAR, left=1, color=color)
+    if value >= INSIDE:
+        words = {"fontsize": 7.5, "color": _on(color), "va": "center_baseline"}
+        ax.annotate(f"{value:.3g}", (end, y), (-3, 0), textcoords="offset points", ha="right", **words)
+        return
     side, align = (3, "left") if value >= 1 else (-3, "right")
-    ax.annotate(f"{value:.3g}", (value, y), (side, 0), textcoords="offset points", ha=align, **_words(7.5))
+    text = f"{value:.3g}" if value >= SHORTEST else f"\N{LEFTWARDS ARROW} {value:.2g}"
+    ax.annotate(text, (end, y), (side, 0), textcoords="offset points", ha=align, **_words(7.5))
+
+
+def _on(color: str) -> str:
+    """What is readable on a colour."""
+    from matplotlib.colors import to_rgb
+
+    red, green, blue = to_rgb(color)
+    return INK if 0.3 * red + 0.6 * green + 0.1 * blue > 0.5 else "white"
 
 
 def _words(size: float) -> dict[str, Any]:

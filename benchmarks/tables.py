@@ -135,8 +135,13 @@ def _backends(folder: Path) -> str:
 def _not_run(forward: list[dict[str, Any]], able: list[str]) -> str:
     """Who ran nothing, and the first reason."""
     reasons = {row["provider"]: row["why"] for row in reversed(forward) if row["provider"] not in able}
-    lines = (f"{_title(name)}: {re.split(r'[.;] ', reasons[name])[0]}" for name in sorted(reasons))
+    lines = (f"{_title(name)}: {_short_reason(reasons[name])}" for name in sorted(reasons))
     return f"\nNot run there: {'; '.join(lines)}.\n" if reasons else ""
+
+
+def _short_reason(why: str) -> str:
+    """The first of several, without the name of an error."""
+    return re.sub(r"^\w+Error: ", "", re.split(r"[.;] ", why)[0])
 
 
 def _ran(timings: list[dict[str, Any]], name: str) -> bool:

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from matplotlib.colors import to_rgb
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # a plain pytest does not find what is not installed
 from benchmarks import engine, plot, results
@@ -319,8 +320,27 @@ def test_figures_stand_beside_their_bars_and_dense_is_in_the_picture():
     ends = {text.get_text(): text.get_window_extent() for text in ax.texts}
     at = {value: ax.transData.transform((value, 0))[0] for value in (0.5, 3.0)}
     assert ends["0.5"].x1 < at[0.5]
-    assert ends["3"].x0 > at[3.0]
+    assert at[0.5] < ends["3"].x0 < ends["3"].x1 < at[3.0]  # inside, where it has room
+    (ax,) = backends([facts("one"), timing("one", "NATTEN", 1.25)]).axes
+    (figure,) = (text for text in ax.texts if text.get_text() == "1.25")
+    assert figure.get_window_extent().x0 > ax.transData.transform((1.25, 0))[0]
     assert backends([facts("one"), timing("one", "NATTEN", 2.0)]).axes[0].get_xlim()[0] < 1
+
+
+def test_a_very_slow_provider_does_not_squeeze_the_others():
+    (ax,) = backends([facts("one"), timing("one", "NATTEN", 0.01)]).axes
+    assert 0.1 < ax.get_xlim()[0] < plot.SHORTEST
+    assert "\N{LEFTWARDS ARROW} 0.01" in {text.get_text() for text in ax.texts}
+
+
+@pytest.mark.parametrize("color", plot.BARS.values())
+def test_figures_on_bars_are_readable(color):
+    def luminance(name):  # WCAG 2.1
+        linear = (c / 12.92 if c <= 0.03928 else ((c + 0.055) / 1.055) ** 2.4 for c in to_rgb(name))
+        return sum(weight * c for weight, c in zip((0.2126, 0.7152, 0.0722), linear, strict=True))
+
+    dark, light = sorted((luminance(color), luminance(plot._on(color))))
+    assert (light + 0.05) / (dark + 0.05) > 4
 
 
 def test_of_many_problems_the_first_are_drawn():
