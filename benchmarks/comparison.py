@@ -153,12 +153,12 @@ def _contender(provider: str, make: Make, problem: Problem, truth: Truth) -> Con
         took_s = first_s
         if ready.compiles or first_s <= SLOW_S:
             timed = _timed(ready, truth.tensors, "both" if truth.gradients else "forward")
-            took_s = seconds(lambda: (timed.call(None), finished(device)))
+            took_s = seconds(lambda: timed.call(None), device)
     except CannotRun as refusal:
         return str(refusal)
-    except Exception as error:  # of compilers too, and the others are still worth their time
+    except Exception as failure:  # of compilers too, and the others are still worth their time
         truth.was_changed()
-        return _in_a_line(error)
+        return _in_a_line(failure)
     return Contender(provider, ready, first_s, took_s, error)
 
 
@@ -245,7 +245,7 @@ def _guarded(name: str, timed: Timed, failed: dict[str, str]) -> Timed:
     return Timed(guard(timed.call), guard(timed.before))
 
 
-def _measured(one: Contender, values: list[float], truth: Truth, direction: str) -> dict[str, float | None]:
+def _measured(one: Contender, values: list[float], truth: Truth, direction: str) -> dict[str, Any]:
     """Time and memory of a call and of its mask; after a last check.
 
     Raises:
@@ -266,13 +266,13 @@ def _measured(one: Contender, values: list[float], truth: Truth, direction: str)
     if make is None:
         return found
     with torch.no_grad():
-        times = [1e3 * seconds(lambda: (make(), finished(device))) for _ in range(MASKS)]
+        times = [1e3 * seconds(make, device) for _ in range(MASKS)]
         return found | {"mask_ms": statistics.median(times), "mask_peak_mib": peak_mib(make, device)}
 
 
 def _compared(
     one: Contender, found: dict[str, Any], problem: Problem, direction: str, dense: float | None
-) -> dict[str, float]:
+) -> dict[str, Any]:
     """A time against the best dense one of the same run; the mask is made before forward."""
     if dense is None or one.name in DENSE:
         return {}

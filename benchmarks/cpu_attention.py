@@ -31,6 +31,8 @@ def measure(quick: bool) -> Iterator[Row]:
 def all_full(bm: BlockMask) -> BlockMask:
     """The same lists, every block declared full: the mask costs nothing."""
     out = copy.copy(bm)
+    assert bm.full_kv_indices is not None
+    assert bm.full_kv_num_blocks is not None
     partial, full = (_rows(bm, kind) for kind in ("kv", "full_kv"))
     indices = torch.zeros_like(bm.full_kv_indices)
     for at, entries in enumerate(zip(partial, full, strict=True)):
@@ -98,12 +100,12 @@ def _call(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bm: BlockMask) -> A
 def door(rounds: int) -> Iterator[Row]:
     """What a cached call of the door adds to the compiled kernel, on a problem small enough to show it."""
     grid = torch.randn(3, 1, 8, 8, 1, 16)
-    flat = [x.flatten(1, -3).transpose(1, 2) for x in grid]
+    q, k, v = (x.flatten(1, -3).transpose(1, 2) for x in grid)
     bm = gnaflex.block_mask((8, 8), 3, device="cpu")
     calls = {
-        "kernel": lambda: _repeat(lambda: compiled(*flat, block_mask=bm)),
-        "flex_attention": lambda: _repeat(lambda: gnaflex.flex_attention(*flat, block_mask=bm)),
-        "attention": lambda: _repeat(lambda: gnaflex.attention(*grid, 3)),
+        "kernel": lambda: _repeat(lambda: compiled(q, k, v, block_mask=bm)),
+        "flex_attention": lambda: _repeat(lambda: gnaflex.flex_attention(q, k, v, block_mask=bm)),
+        "attention": lambda: _repeat(lambda: gnaflex.attention(grid[0], grid[1], grid[2], 3)),
     }
     times = interleaved(calls, rounds)
     for name in ("attention", "flex_attention"):

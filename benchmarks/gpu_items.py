@@ -37,8 +37,8 @@ DEVICE = torch.device("cuda", 0)
 
 def _arch() -> str:
     """That of the device at hand; Hopper where there is none that kernels run on."""
-    found = torch.cuda.get_device_capability(DEVICE) if torch.cuda.is_available() else None
-    return machine.ARCHITECTURE.get(found, "sm_90a")
+    found = torch.cuda.get_device_capability(DEVICE) if torch.cuda.is_available() else (0, 0)
+    return str(machine.ARCHITECTURE.get(found, "sm_90a"))
 
 
 ARCH = _arch()
@@ -105,8 +105,9 @@ def yes(what: str, holds: bool, note: str = "") -> Row:
 def lane(problem: Problem, tensors: list[Tensor], config: KernelConfig) -> Timed:
     """A kernel on these tensors."""
     launches, valid = prepared(problem, DEVICE)
-    one = Lane(*tensors, launches, gate.load(config), None, valid)
-    return Timed(lambda state: one(*tensors))
+    q, k, v = tensors
+    one = Lane(q, k, v, launches, gate.load(config), None, valid)
+    return Timed(lambda state: one(q, k, v))
 
 
 # ---- items -------------------------------------------------------------------------------------------

@@ -27,7 +27,7 @@ from gnaflex.spec import GNA
 
 from .comparison import inputs
 from .engine import Item
-from .measure import Timed, finished, milliseconds, peak_mib, seconds
+from .measure import Timed, milliseconds, peak_mib, seconds
 from .parts import dtype_on
 from .problems import Problem
 from .providers import PROVIDERS, CannotRun
@@ -199,17 +199,13 @@ def _step(subject: Subject, spec: GNA, device: torch.device) -> Step | str:
 def _measured(call: Call, is_host: bool, device: torch.device) -> tuple[list[float], float | None]:
     """Milliseconds of calls, and the peak MiB of one, which is timed only if there is no time for another."""
 
-    def whole() -> None:
-        call()
-        finished(device)
-
     took: list[float] = []
-    peak = peak_mib(lambda: took.append(seconds(whole)), device)
+    peak = peak_mib(lambda: took.append(seconds(call, device)), device)
     runs = min(RUNS, int(RUNS_S / took[0]))
     if not runs:
         return [1e3 * took[0]], peak
     if is_host:
-        return [1e3 * seconds(whole) for _ in range(runs)], peak
+        return [1e3 * seconds(call, device) for _ in range(runs)], peak
     return milliseconds({"": Timed(lambda state: call())}, {"": runs}, device)[""], peak
 
 

@@ -67,14 +67,16 @@ def row(
 # ---- time --------------------------------------------------------------------------------------------
 
 
-def seconds(call: Callable[[], Any]) -> float:
-    """The wall time of one call."""
+def seconds(call: Callable[[], Any], device: torch.device | None = None) -> float:
+    """The wall time of one call, on a GPU until its work is done."""
     start = time.perf_counter()
     call()
+    if device is not None:
+        finished(device)
     return time.perf_counter() - start
 
 
-def interleaved(calls: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
+def interleaved(calls: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
     """Seconds of every call, the calls in turn in every round, after one round that does not count."""
     out: dict[str, list[float]] = {name: [] for name in calls}
     for turn in range(rounds + 1):
@@ -123,7 +125,8 @@ def _gpu_clock(device: torch.device) -> Callable[[Timed], float]:
         state = timed.before()
         for _ in range(FLUSHES):
             flush.zero_()
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        make: Callable[..., Any] = torch.cuda.Event
+        start, end = (make(enable_timing=True) for _ in range(2))
         start.record()
         timed.call(state)
         end.record()
@@ -161,10 +164,10 @@ def peak_mib(call: Callable[[], Any], device: torch.device) -> float | None:
     finished(device)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
+        allocated = torch.cuda.memory_allocated(device)
         call()
         finished(device)
-        return (torch.cuda.max_memory_allocated(device) - before) / 2**20
+        return (torch.cuda.max_memory_allocated(device) - allocated) / 2**20
     before = _resident("VmRSS") if _reset() else None
     call()
     after = _resident("VmHWM")

@@ -265,7 +265,7 @@ def _bar(ax: Axes, y: float, value: float, color: str) -> None:
     end = max(value, SHORTEST)
     ax.barh(y, end - 1, 0.8 * BAR, left=1, color=color)
     if value >= INSIDE:
-        words = {"fontsize": 7.5, "color": _on(color), "va": "center_baseline"}
+        words: dict[str, Any] = {"fontsize": 7.5, "color": _on(color), "va": "center_baseline"}
         ax.annotate(f"{value:.3g}", (end, y), (-3, 0), textcoords="offset points", ha="right", **words)
         return
     side, align = (3, "left") if value >= 1 else (-3, "right")

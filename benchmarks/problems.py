@@ -59,11 +59,15 @@ class Problem:
         boxes = tiles.touched_tiles + tiles.query_tiles * lines
         return rows * columns * (boxes + text_rows * (_tiles(self.spec.num_tokens, columns) + lines))
 
+    def by_pairs(self, tiles: Plan) -> float:
+        """Dense pairs over those of a plan."""
+        return self.dense_pairs / self.pairs(tiles)
+
     @cached_property
     def work_speedup(self) -> float:
         """The greatest that whole tiles allow: dense pairs over those of the best boxes of 128 tokens, key
         boxes anywhere (``gnaflex.plan(spec, kv_tiling="dynamic").work_speedup``, text included)."""
-        return self.dense_pairs / self.pairs(plan(self.spec, kv_tiling="dynamic"))
+        return self.by_pairs(plan(self.spec, kv_tiling="dynamic"))
 
     @property
     def facts(self) -> dict[str, Any]:
@@ -96,9 +100,9 @@ def _problem(
     full = Problem(name, spec, **more)
     if not small:
         return full
-    like = GNA(*(*small, *(window, stride)[len(small) - 1 :]), dilation, is_causal)
+    form: tuple[Any, ...] = *small, *(window, stride)[len(small) - 1 :], dilation, is_causal
     text = {side: -(-getattr(full, side) // 4) for side in ("prefix", "suffix")}
-    likeness = replace(full, spec=like, heads=1, head_dim=min(full.head_dim, 64), quick=quick, **text)
+    likeness = replace(full, spec=GNA(*form), heads=1, head_dim=min(full.head_dim, 64), quick=quick, **text)
     return replace(full, small=likeness)
 
 

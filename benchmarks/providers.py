@@ -69,7 +69,7 @@ def dense(backend: SDPBackend, problem: Problem, device: torch.device) -> Ready:
 def torch_flex(problem: Problem, device: torch.device) -> Ready:
     """As torch's documentation shows it: a mask_mod by division and remainder, create_block_mask and
     flex_attention both compiled, tokens row-major."""
-    text = {"prefix": problem.prefix, "suffix": problem.suffix}
+    text: dict[str, Any] = {"prefix": problem.prefix, "suffix": problem.suffix}
     mod = gnaflex.block_mask(problem.spec, **text, form="arith", device=device).mask_mod
     make = torch.compile(create_block_mask, dynamic=False)
     attend = torch.compile(flex_attention, dynamic=False, fullgraph=True)
@@ -113,7 +113,7 @@ def natten(problem: Problem, device: torch.device) -> Ready:
         if q.requires_grad and device.type == "cpu":
             raise CannotRun("without its library it runs FlexAttention, which has no backward on a CPU")
         grid = slice(before, before + spec.num_tokens)
-        grids = [x[:, :, grid].transpose(1, 2).unflatten(1, spec.shape).contiguous() for x in (q, k, v)]
+        grids = [_as_grid(x[:, :, grid], problem).contiguous() for x in (q, k, v)]
         if not (before or problem.suffix):
             return _flat(attend(*grids))
         texts = [torch.cat([x[:, :, :before], x[:, :, grid.stop :]], 2) for x in (q, k, v)]
@@ -134,11 +134,11 @@ def ours(backend: str, problem: Problem, device: torch.device) -> Ready:
         return _ours_with_text(backend, problem, device)
     spec = problem.spec
     form = (spec.window, spec.stride, spec.dilation, spec.is_causal)
+    attend: Callable[..., Tensor] = partial(gnaflex.attention, backend=backend)
 
     def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        grids = (x.transpose(1, 2).unflatten(1, spec.shape) for x in (q, k, v))
         with _reasons(backend):
-            return _flat(gnaflex.attention(*grids, *form, backend=backend))
+            return _flat(attend(*(_as_grid(x, problem) for x in (q, k, v)), *form))
 
     mask = None
     if backend == "flash":
@@ -162,7 +162,7 @@ def _reasons(backend: str) -> Iterator[None]:
 def _ours_with_text(backend: str, problem: Problem, device: torch.device) -> Ready:
     def mask() -> Any:
         layout, rows = _layout(backend, problem, device)
-        text = {"prefix": problem.prefix, "suffix": problem.suffix}
+        text: dict[str, Any] = {"prefix": problem.prefix, "suffix": problem.suffix}
         more: dict[str, Any] = {"q_tile": layout.q_tile, "kv_tile": layout.kv_tile} if layout.q_tile else {}
         if backend == "flash":
             form = flash.form_of((Order((Document(layout, **text),)),), rows)
@@ -173,9 +173,10 @@ def _ours_with_text(backend: str, problem: Problem, device: torch.device) -> Rea
     is_tiled = _layout(backend, problem, device)[0].q_tile is not None
 
     def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        ordered = [gnaflex.permute(x, bm) for x in (q, k, v)] if is_tiled else [q, k, v]
+        if is_tiled:
+            q, k, v = (gnaflex.permute(x, bm) for x in (q, k, v))
         with _reasons(backend):
-            out: Tensor = gnaflex.flex_attention(*ordered, block_mask=bm, backend=backend)
+            out: Tensor = gnaflex.flex_attention(q, k, v, block_mask=bm, backend=backend)
         return gnaflex.unpermute(out, bm) if is_tiled else out
 
     return Ready(call, mask, predicted(backend, problem, device))
@@ -195,24 +196,28 @@ def predicted(backend: str, problem: Problem, device: torch.device) -> float | N
     """The planner's speed-up over dense attention: :func:`gnaflex.estimate` where it knows the device and
     the kernel, else the ratio of the pairs that are computed; None for a backend whose tiles it does not
     count."""
-    if backend not in ("cuda", "flex", "flash"):
-        return None
     if backend == "cuda":
         tiles = fast_path.Problem(problem.spec).boxes_on(device)
-        if tiles is None:
-            return None
-        pairs = problem.dense_pairs / problem.pairs(tiles)
-    else:
-        layout, rows = _layout(backend, problem, device)
-        tiles = layout.q_tile and Plan(problem.spec, layout.q_tile, layout.kv_tile, "static")
-        pairs = _by_blocks(problem, layout, rows)
-    if device.type != "cuda" or backend == "flash" or not tiles or problem.prefix or problem.suffix:
-        return pairs
-    name, sizes = torch.cuda.get_device_name(device), (problem.heads, problem.head_dim)
-    try:
-        return gnaflex.estimate(tiles, *sizes, device=name, backend=backend).speedup
-    except gnaflex.GNAError:  # a device whose rates are not known
-        return pairs
+        return (
+            None if tiles is None else _estimated("cuda", problem, tiles, device) or problem.by_pairs(tiles)
+        )
+    if backend not in ("flex", "flash"):
+        return None
+    layout, rows = _layout(backend, problem, device)
+    if backend == "flex" and layout.q_tile and layout.kv_tile:
+        tiles = Plan(problem.spec, layout.q_tile, layout.kv_tile, "static")
+        return _estimated("flex", problem, tiles, device) or _by_blocks(problem, layout, rows)
+    return _by_blocks(problem, layout, rows)
+
+
+def _estimated(backend: Any, problem: Problem, tiles: Plan, device: torch.device) -> float | None:
+    """None with text, or for a device whose rates are not known."""
+    if device.type != "cuda" or problem.prefix or problem.suffix:
+        return None
+    name = torch.cuda.get_device_name(device)
+    with contextlib.suppress(gnaflex.GNAError):
+        return gnaflex.estimate(tiles, problem.heads, problem.head_dim, device=name, backend=backend).speedup
+    return None
 
 
 def _by_blocks(problem: Problem, layout: Layout, rows: int) -> float:
@@ -220,6 +225,11 @@ def _by_blocks(problem: Problem, layout: Layout, rows: int) -> float:
     document = Document(layout, prefix=problem.prefix, suffix=problem.suffix)
     listed = listed_blocks(MaskRecord((Order((document,)),), "table", (rows, BLOCK)))
     return problem.dense_pairs / (listed * rows * BLOCK)
+
+
+def _as_grid(x: Tensor, problem: Problem) -> Tensor:
+    """[1, heads, tokens, head_dim] as [1, *shape, heads, head_dim]."""
+    return x.transpose(1, 2).reshape(len(x), *problem.spec.shape, problem.heads, problem.head_dim)
 
 
 def _flat(x: Tensor) -> Tensor:

@@ -44,7 +44,7 @@ def costs(monkeypatch):
         found.now += found.seconds(found.tokens)
         return SimpleNamespace(lists=torch.zeros(3))
 
-    def seconds(call):
+    def seconds(call, device):
         start = found.now
         call()
         return found.now - start
@@ -125,7 +125,8 @@ def test_attention_is_timed_by_the_clock_of_the_device_and_masks_by_that_of_the_
 
     monkeypatch.setattr(growth, "milliseconds", milliseconds)
     waits = []
-    monkeypatch.setattr(growth, "finished", waits.append)
+    seconds = growth.seconds
+    monkeypatch.setattr(growth, "seconds", lambda call, device: waits.append(device) or seconds(call, device))
     assert [one.ms for one in walk(costs.subject, CPU)] == pytest.approx([1.0] * 4)
     assert (rounds, waits) == ([], [CPU] * 4 * (1 + growth.RUNS))
     assert [one.ms for one in walk(costs.subject._replace(is_mask=False), CPU)] == [7.0] * 4

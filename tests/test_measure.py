@@ -252,7 +252,14 @@ def test_the_commit(program, tmp_path, commit, changes, found):
     program("git", script)
     assert measure.environment()["commit"] == found
     where = Path((tmp_path / "where").read_text().strip())
-    assert where.samefile(Path(measure.__file__).parent)
+    assert where.samefile(Path(measure.__file__).parent.parent)
+
+
+def test_an_installed_package_has_no_commit(program, tmp_path, monkeypatch):
+    """It may lie in a tree that is someone else's."""
+    program("git", "echo 1a2b3c4")
+    monkeypatch.setattr(measure, "__file__", str(tmp_path / "site-packages" / "benchmarks" / "measure.py"))
+    assert measure.environment()["commit"] == ""
 
 
 @pytest.mark.usefixtures("program")
