@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import AuxOutput, AuxRequest, BlockMask
 
-from gnaflex import compiled, flash, gather, lanes, reference
+from gnaflex import compiled, flash, gather, gather_cost, lanes, reference
 from gnaflex.cuts import Cuts
 from gnaflex.flex import FULL_WIDTH_BYTES, listed_blocks
 from gnaflex.mask import MaskRecord, ScoreMod, conditions_of
@@ -167,6 +167,8 @@ def _flex_reasons(call: Call) -> Iterator[str]:
             yield need
         if obstacle := compiled.cpu_obstacle():
             yield obstacle
+        elif why := gather_cost.cheaper(call):
+            yield f"{_AUTO_ONLY}{why}"
 
 
 def _width_needed(call: Call) -> str | None:
@@ -191,8 +193,8 @@ def _sdpa_reasons(call: Call) -> Iterator[str]:
         yield "the mask was not made by gnaflex"
     if call.aux is not None and call.aux.max_scores:
         yield "it does not return max_scores"
-    if call.query.device.type == "cpu" and (need := _width_needed(call)) is not None:
-        yield f"{_AUTO_ONLY}{need}; it would take hours"
+    if call.query.device.type == "cpu" and (hours := gather_cost.hours(call)) > 1:
+        yield f"{_AUTO_ONLY}it would take about {hours:.0f} hours"
 
 
 def _reference_reasons(call: Call) -> Iterator[str]:

@@ -27,11 +27,14 @@ from gnaflex.gather_tiles import (
     cut_of,
     kinds_of,
     load_of,
+    work_of,
 )
 from gnaflex.mask import ScoreMod
 from gnaflex.order import Order
 from gnaflex.spec import GNAError
 from gnaflex.tables import MaskMod
+
+MEMORY_BYTES = 256 * 2**20
 
 
 def attention(
@@ -45,7 +48,7 @@ def attention(
     score_mod: ScoreMod | None = None,
     visible: MaskMod | None = None,
     return_lse: bool = False,
-    memory_bytes: int = 256 * 2**20,
+    memory_bytes: int = MEMORY_BYTES,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Attention of query [B, Hq, Tq, D] to key [B, Hkv, Tk, D] and value [B, Hkv, Tk, Dv], the tokens being
     the query and key places of ``order``, which are also what ``score_mod`` gets, and ``visible``, a mask_mod
@@ -73,6 +76,12 @@ def attention(
     call = _Call(tables, load, trains, scale, score_mod, visible, explicit, (kv_heads, group), {})
     out, *lse = (x.reshape(*query.shape[:3], *x.shape[2:]) for x in call(q, k, v))
     return (out, lse[0]) if return_lse else out
+
+
+def work(query: Tensor, key: Tensor, value: Tensor, order: Order) -> int:
+    """What plain attention under ``order`` costs per query head, in pairs (``gather_tiles.work_of``)."""
+    k, v = key.flatten(0, 1), value.flatten(0, 1)
+    return work_of(order, load_of(k, v, query.shape[1] // key.shape[1], False, MEMORY_BYTES))
 
 
 class _Call(NamedTuple):

@@ -148,6 +148,24 @@ def cut_of(document: Document, load: Load) -> _Cut:
     return _Cut(tile, -(-rows // max(-(-rows // most), 1)))  # all of about the same size
 
 
+def work_of(order: Order, load: Load) -> int:
+    """What a call on an order costs, in pairs: those of all tiles, and ``KEY_PAIRS`` for every key that is
+    gathered."""
+    total = 0
+    for document in order.documents:
+        (tile, rows), texts = cut_of(document, load), sum(text.tokens for text in document.texts)
+        axes = [_axis_kinds(document.layout, a, extent) for a, extent in enumerate(tile)]
+        tiles, keys, pairs = (
+            math.prod(sum(len(kind.first_key) * count(kind) for kind in axis) for axis in axes)
+            for count in (lambda kind: 1, lambda kind: kind.keys, lambda kind: kind.rows * kind.keys)
+        )
+        total += pairs + KEY_PAIRS * keys + texts * (document.layout.num_queries + KEY_PAIRS * tiles)
+        asking = sum(text.places for text in document.texts if text.is_query)
+        if asking:  # a tile of them gathers the whole document
+            total += document.row_major_count(keys=True) * (asking + KEY_PAIRS * -(-asking // rows))
+    return total
+
+
 @dataclass(frozen=True, eq=False)
 class Kind:
     """Tiles with equal rows, box and windows. ``queries`` are their places in the order [tiles, rows]; that

@@ -112,10 +112,8 @@ def _order_and_backend(
         if backend == "flash" or (not runs(seen, "cuda") and runs(like, "flash")):
             return order, choose(like, "flash"), call_in(order)
     takes_tiles = score_mod is None and backend in ("auto", "flex")
-    order = cheapest if takes_tiles else row_major
-    call = call_in(order)
-    name = choose(call, backend)
-    if name != "flex" and order is not row_major:
-        order = row_major
-        call = call_in(order)
-    return order, name, call
+    order, seen = cheapest if takes_tiles else row_major, call_in(row_major)
+    name = choose(seen._replace(record=order.record), backend)  # nothing is permuted before
+    if name != "flex" or order is row_major:
+        return row_major, name, seen
+    return order, name, call_in(order)

@@ -5,14 +5,12 @@ from __future__ import annotations
 import itertools
 import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
 from gnaflex.cuda_backend import fast_path
 from torch.nn.functional import scaled_dot_product_attention
 
-sys.path.insert(0, str(Path(__file__).parent.parent))  # a plain pytest does not find what is not installed
 from benchmarks import comparison, measure, truth
 from benchmarks.comparison import Facts, Timing, compare, facts_of, inputs
 from benchmarks.problems import Problem

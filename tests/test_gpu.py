@@ -10,10 +10,8 @@ from __future__ import annotations
 import itertools
 import math
 import random
-import sys
 import time
 from functools import lru_cache
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
@@ -26,13 +24,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 import gnaflex
+from benchmarks import gpu_items
 from gnaflex import door, lanes, operators
 from gnaflex.planner import Plan
 from gnaflex.spec import GNA
 from gnaflex.trial import BUDGET, LSE_ERROR, Case, allowed, exactly
-
-sys.path.insert(0, str(Path(__file__).parent.parent))  # a plain pytest does not find what is not installed
-from benchmarks import gpu_items
 
 pytestmark = pytest.mark.gpu
 DEVICE = torch.device("cuda", 0)

@@ -15,6 +15,7 @@ import torch
 from gnaflex.cuda_backend import gate, machine, tile_walk
 from gnaflex.cuda_backend.config import BOXES_AT_ONCE, KernelConfig
 from hopper import hopper  # noqa: F401
+from little import FEW, LITTLE
 from programs import program
 from stand_in import StandIn
 
@@ -26,14 +27,6 @@ from gnaflex.reference import dense_mask
 from gnaflex.spec import GNA
 
 CPU = torch.device("cpu")
-LITTLE = [
-    KernelConfig("sm_90a", "bfloat16", 64, (2, 4), (2, 8), True),
-    KernelConfig("sm_90a", "float16", 128, (8,), (16,), True),
-    KernelConfig("sm_90a", "bfloat16", 64, (2, 2, 2), (2, 2, 4), False),
-    KernelConfig("sm_100a", "bfloat16", 64, (2, 4), (2, 8), True),
-    KernelConfig("sm_100a", "bfloat16", 64, (2, 2, 2), (2, 2, 4), False),
-]
-FEW = GNA((8, 16), 8, 8)
 
 
 # ---- items, dry --------------------------------------------------------------------------------------

@@ -14,9 +14,10 @@ import pytest
 import test_gpu
 import torch
 from gnaflex.cuda_backend import cache, compile, gate
-from gnaflex.cuda_backend.config import ARCHITECTURES, KernelConfig, obstacles
+from gnaflex.cuda_backend.config import ARCHITECTURES, obstacles
 from gnaflex.cuda_backend.fast_path import Problem
 from hopper import hopper  # noqa: F401
+from little import FEW, LITTLE
 from programs import program
 from stand_in import DTYPES, StandIn, at
 
@@ -24,14 +25,6 @@ from benchmarks import engine, gpu_items, gpu_suite, problems
 from gnaflex.spec import GNA
 
 CPU = torch.device("cpu")
-LITTLE = [
-    KernelConfig("sm_90a", "bfloat16", 64, (2, 4), (2, 8), True),
-    KernelConfig("sm_90a", "float16", 128, (8,), (16,), True),
-    KernelConfig("sm_90a", "bfloat16", 64, (2, 2, 2), (2, 2, 4), False),
-    KernelConfig("sm_100a", "bfloat16", 64, (2, 4), (2, 8), True),
-    KernelConfig("sm_100a", "bfloat16", 64, (2, 2, 2), (2, 2, 4), False),
-]
-FEW = GNA((8, 16), 8, 8)
 
 
 # ---- the checks of test_gpu.py -----------------------------------------------------------------------

@@ -5,15 +5,12 @@ from __future__ import annotations
 import itertools
 import math
 import os
-import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 from gnaflex.cuda_backend import fast_path
 
-sys.path.insert(0, str(Path(__file__).parent.parent))  # a plain pytest does not find what is not installed
 import gnaflex
 from benchmarks import engine, growth
 from benchmarks.growth import Subject, exponent, walk

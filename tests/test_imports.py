@@ -40,6 +40,7 @@ LAW = {
     "reference": {"spec"},
     "gather_tiles": {"window", "tiles", "layout", "order", "reorder"},
     "gather": {"spec", "order", "tables", "mask", "gather_tiles"},
+    "gather_cost": {"gather", "flex", "mask"},
     "compiled": set(),
     "lanes": set(),
     "flash": {
@@ -48,6 +49,7 @@ LAW = {
     },
     "dispatch": {
         "flash",
+        "gather_cost",
         "lanes",
         "spec",
         "order",

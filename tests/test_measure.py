@@ -8,13 +8,11 @@ import math
 import os
 import platform
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent.parent))  # a plain pytest does not find what is not installed
 from benchmarks import measure
 from benchmarks.measure import Timed
 

@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import builtins
 import json
-import sys
-from pathlib import Path
 
 import pytest
 from matplotlib.colors import to_rgb
 
-sys.path.insert(0, str(Path(__file__).parent.parent))  # a plain pytest does not find what is not installed
 from benchmarks import engine, plot, results
 from benchmarks.results import Results, load
 

@@ -6,7 +6,6 @@ import itertools
 import math
 import sys
 from dataclasses import replace
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -15,7 +14,6 @@ import torch
 from gnaflex.cuda_backend import fast_path, machine
 from joint import joint_mask
 
-sys.path.insert(0, str(Path(__file__).parent.parent))  # a plain pytest does not find what is not installed
 import gnaflex
 from benchmarks import problems, providers
 from benchmarks.comparison import inputs

@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import itertools
 import math
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-sys.path.insert(0, str(Path(__file__).parent.parent))  # a plain pytest does not find what is not installed
 from benchmarks.comparison import inputs
 from benchmarks.problems import SMALL, Problem
 from benchmarks.providers import PROVIDERS
