@@ -94,15 +94,16 @@ def _problem(
     is_causal: bool = False,
     **more: Any,
 ) -> Problem:
-    """``small`` is the shape, window and stride of the likeness; what is left out is that of the problem."""
+    """``small`` is the shape, window and stride of the likeness; what is left out is that of the problem.
+    ``quick`` and ``trains`` are of the likeness, too: a full problem always trains."""
     spec = GNA(shape, window, stride, dilation, is_causal)
-    quick = more.pop("quick", False)
-    full = Problem(name, spec, **more)
+    of_likeness = {flag: more.pop(flag, False) for flag in ("quick", "trains")}
+    full = Problem(name, spec, **more, trains=True)
     if not small:
         return full
     form: tuple[Any, ...] = *small, *(window, stride)[len(small) - 1 :], dilation, is_causal
     text = {side: -(-getattr(full, side) // 4) for side in ("prefix", "suffix")}
-    likeness = replace(full, spec=GNA(*form), heads=1, head_dim=min(full.head_dim, 64), quick=quick, **text)
+    likeness = replace(full, spec=GNA(*form), heads=1, head_dim=min(full.head_dim, 64), **of_likeness, **text)
     return replace(full, small=likeness)
 
 
