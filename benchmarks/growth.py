@@ -30,7 +30,7 @@ from .engine import Item
 from .measure import Timed, milliseconds, peak_mib, seconds
 from .parts import dtype_on
 from .problems import Problem
-from .providers import PROVIDERS, CannotRun
+from .providers import PROVIDERS, CannotRun, torch_mask
 
 SIZES = (
     (4, 16, 16), (8, 16, 16), (8, 16, 32), (8, 32, 32), (16, 32, 32), (16, 32, 64), (16, 64, 64),
@@ -114,9 +114,8 @@ def _ours(tile: tuple[int, ...] | None, spec: GNA, device: torch.device) -> Call
 
 
 def _torchs(is_compiled: bool, spec: GNA, device: torch.device) -> Call:
-    mod = gnaflex.block_mask(spec, form="arith", device=device, full_width=False).mask_mod
     make = torch.compile(create_block_mask, dynamic=False) if is_compiled else create_block_mask
-    return partial(make, mod, None, None, spec.num_tokens, spec.num_tokens, device)
+    return torch_mask(Problem("", spec, heads=1, layers=1), device, make)
 
 
 def _attention(provider: str, spec: GNA, device: torch.device) -> Call:

@@ -12,10 +12,17 @@ import torch
 from .engine import Item
 from .problems import SETS
 
-SMALLER = ("compile_time", "cpu_attention", "dispatch_cost", "joint_masks", "planning")
-PARTS = ("backends", "growth", *SMALLER)
+ONE_ITEM = (
+    "compile_time",
+    "cpu_attention",
+    "dispatch_cost",
+    "joint_masks",
+    "planning",
+)  # modules of that name
+PARTS = ("backends", "growth", *ONE_ITEM)
 LIMIT_S = {"full": 300.0, "small": 120.0, "quick": 120.0}  # of a problem
-QUICK_S, LONG_S = 120.0, 900.0  # of a part that is one item
+QUICK_S, LONG_S = 120.0, 1800.0  # of a part that is one item
+BUDGET_S = {"full": 3600.0, "small": 600.0, "quick": 120.0}  # of all problems, and of growth
 
 
 def items(part: str, which: str, device: torch.device) -> dict[str, Item]:
@@ -30,7 +37,12 @@ def items(part: str, which: str, device: torch.device) -> dict[str, Item]:
 
         return growth.items(device)
     quick = which == "quick"
-    return {part: Item(partial(_smaller, part, quick), QUICK_S if quick else LONG_S)}
+    return {part: Item(partial(_module, part, quick), QUICK_S if quick else LONG_S)}
+
+
+def budget_s(part: str, which: str) -> float:
+    """The seconds that a part may take unless they are given."""
+    return LONG_S if part in ONE_ITEM else BUDGET_S[which]
 
 
 def _compared(name: str, which: str, device: torch.device) -> Iterator[Any]:
@@ -39,7 +51,7 @@ def _compared(name: str, which: str, device: torch.device) -> Iterator[Any]:
     return compare(name, SETS[which][name], device, dtype_on(device))
 
 
-def _smaller(part: str, quick: bool) -> Iterator[Any]:
+def _module(part: str, quick: bool) -> Iterator[Any]:
     measure: Callable[[bool], Iterator[Any]] = importlib.import_module(f".{part}", __package__).measure
     return measure(quick)
 

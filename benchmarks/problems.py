@@ -12,7 +12,8 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
-from gnaflex.paper import CONFIGURATIONS
+from gnaflex import paper
+from gnaflex.paper import CONFIGURATIONS, Model
 from gnaflex.planner import Plan, plan
 from gnaflex.spec import GNA
 
@@ -107,12 +108,14 @@ def _problem(
     return replace(full, small=likeness)
 
 
-FLUX: dict[str, Any] = {"heads": 24, "layers": 57}
-HUNYUAN: dict[str, Any] = {"heads": 24, "layers": 60}
-COSMOS: dict[str, Any] = {"heads": 32, "layers": 28}
+def _of_paper(model: Model, layers: int) -> dict[str, Any]:
+    return {"heads": model.heads, "head_dim": model.head_dim, "layers": layers}
+
+
+FLUX, HUNYUAN, COSMOS = _of_paper(paper.FLUX, 57), _of_paper(paper.HUNYUAN, 60), _of_paper(paper.COSMOS, 28)
 WAN: dict[str, Any] = {"heads": 40, "layers": 40}  # of 14B
 PREDICT2: dict[str, Any] = {"heads": 16, "layers": 28}  # of 2B
-PAPER = {"FLUX.1-dev 4K": FLUX, "HunyuanVideo": HUNYUAN, "Cosmos-7B": COSMOS}
+PAPER = {paper.FLUX: FLUX, paper.HUNYUAN: HUNYUAN, paper.COSMOS: COSMOS}
 
 # The diffusion decoder of LTX-2.5 (diffusers 0.42.1: ltx2_diffusion_decoder.py) on 121 frames of 512 x 768:
 # 16 latent frames and two ghosts, doubled but for the first; stage 5 on a tile of 69 x 64 x 96, where
@@ -163,7 +166,7 @@ _MODELS = (
              heads=32, layers=32),
 )  # fmt: skip
 
-# The layers of Cosmos-Predict2 whose windows are sparse: its letters (MODELS.md), 24 latent frames
+# The kinds of layers of Cosmos-Predict2 whose windows are sparse, on 24 latent frames; the letters are ours
 _PREDICT2 = tuple(
     _problem(f"Cosmos-Predict2, layer {letter}", (24, 44, 80), window, stride,
              small=((2, 44, 80),) if letter < "C" else (), dilation=dilation, **PREDICT2)
@@ -180,15 +183,10 @@ _PREDICT2 = tuple(
 def _rest_of_the_paper() -> tuple[Problem, ...]:
     """The rows of the paper's table that are no headline."""
     there = {problem.spec for problem in _HEADLINES}
-    rows = [
-        (row, GNA(row.model.shape, row.window, row.stride))
-        for row in CONFIGURATIONS
-    ]  # fmt: skip
+    rows = [(row.model, GNA(row.model.shape, row.window, row.stride)) for row in CONFIGURATIONS]
     return tuple(
-        Problem(
-            f"{row.model.name} {_by(row.window)}, stride {_by(row.stride)}", spec, **PAPER[row.model.name]
-        )
-        for row, spec in rows
+        Problem(f"{model.name} {_by(spec.window)}, stride {_by(spec.stride)}", spec, **PAPER[model])
+        for model, spec in rows
         if spec not in there
     )
 

@@ -69,15 +69,9 @@ def dense(backend: SDPBackend, problem: Problem, device: torch.device) -> Ready:
 def torch_flex(problem: Problem, device: torch.device) -> Ready:
     """As torch's documentation shows it: a mask_mod by division and remainder, create_block_mask and
     flex_attention both compiled, tokens row-major."""
-    text: dict[str, Any] = {"prefix": problem.prefix, "suffix": problem.suffix}
-    mod = gnaflex.block_mask(problem.spec, **text, form="arith", device=device).mask_mod
-    make = torch.compile(create_block_mask, dynamic=False)
+    mask = torch_mask(problem, device, torch.compile(create_block_mask, dynamic=False))
     attend = torch.compile(flex_attention, dynamic=False, fullgraph=True)
-    size = problem.tokens
     made: list[Any] = []
-
-    def mask() -> Any:
-        return make(mod, None, None, size, size, device)
 
     def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         if q.requires_grad and device.type == "cpu":
@@ -88,6 +82,13 @@ def torch_flex(problem: Problem, device: torch.device) -> Ready:
         return out
 
     return Ready(call, mask, _by_blocks(problem, Layout(problem.spec), BLOCK))
+
+
+def torch_mask(problem: Problem, device: torch.device, create: Callable[..., Any]) -> Callable[[], Any]:
+    """What makes a mask by create_block_mask, compiled or not, from a mask_mod by division and remainder."""
+    text: dict[str, Any] = {"prefix": problem.prefix, "suffix": problem.suffix}
+    mod = gnaflex.block_mask(problem.spec, **text, form="arith", device=device, full_width=False).mask_mod
+    return partial(create, mod, None, None, problem.tokens, problem.tokens, device)
 
 
 # ---- NATTEN --------------------------------------------------------------------------------------------

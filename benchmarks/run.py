@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     import torch
 
 HERE = Path(__file__).parent
-BUDGETS = {"full": 3600.0, "small": 600.0, "quick": 120.0}
 
 
 class Refused(Exception):
@@ -44,11 +43,12 @@ def main(words: list[str] | None = None) -> int:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The words of the command."""
     from .parts import PARTS
+    from .problems import SETS
 
     parser.add_argument(
         "parts", nargs="*", metavar="PART", help=f"of {', '.join(PARTS)}, all; backends by default"
     )
-    parser.add_argument("--set", choices=list(BUDGETS), help="problems (default full on a GPU, else small)")
+    parser.add_argument("--set", choices=list(SETS), help="problems (default full on a GPU, else small)")
     parser.add_argument("--only", nargs="+", metavar="NAME", help="these items alone; --list shows them")
     parser.add_argument("--budget", type=engine.duration, help="for a part: 90s, 8m (default 10m, full 1h)")
     parser.add_argument("--resume", action="store_true", help="leave out what the results file has")
@@ -90,6 +90,7 @@ def _limits(part: str, items: dict[str, engine.Item], only: list[str] | None) ->
 def _part(part: str, which: str, limits: dict[str, float], options: argparse.Namespace) -> int:
     from . import changes
     from .measure import environment
+    from .parts import budget_s
 
     old = engine.read(options.compare) if options.compare else {}  # before it is overwritten
     facts = {**environment(), "set": which}
@@ -97,7 +98,7 @@ def _part(part: str, which: str, limits: dict[str, float], options: argparse.Nam
     job = engine.Job(limits, lambda name: _command(part, which, name), path, facts)
     with tempfile.TemporaryDirectory(prefix="gnaflex-bench") as compiled, _progress(part, limits) as listener:
         env = dict(os.environ, PYTHONUNBUFFERED="1", TORCHINDUCTOR_CACHE_DIR=compiled)
-        known = engine.suite(job, options.budget or BUDGETS[which], options.resume, env, *listener)
+        known = engine.suite(job, options.budget or budget_s(part, which), options.resume, env, *listener)
     if path:
         print(f"wrote {path}")
     if options.compare:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 import sys
@@ -118,6 +119,22 @@ def test_figures_of_planning_stand_in_a_results_file(figures):
     assert float(re.search(r"are searched in ([\d.]+) s", README).group(1)) == pytest.approx(
         max(searched), rel=0.05
     )
+
+
+def test_figures_of_the_comparison_stand_in_a_results_file():
+    """How long it takes, and by how much "sdpa" beats "flex" where "auto" takes it."""
+    (path,) = tables.RESULTS.glob("*-cores/backends.json")
+    assert "of the problems, in ten minutes" in README
+    assert 540 < sum(item["seconds"] for item in json.loads(path.read_text())["items"].values()) < 600
+    times = {(point["subject"], point["tokens"]): point["ms"] for point in growth(path) if "ms" in point}
+    ratios = [times['gnaflex, "flex"', n] / ms for (who, n), ms in times.items()
+              if who == 'gnaflex, "sdpa"' and ('gnaflex, "flex"', n) in times]  # fmt: skip
+    assert "up to four times" in README
+    assert round(max(ratios)) == 4
+
+
+def growth(path):
+    return load(path.parent / "growth.json").points
 
 
 def test_every_public_name_has_its_line():

@@ -195,3 +195,10 @@ def test_without_rich_there_are_lines(command, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "rich.progress", None)
     assert command()[0] == 0
     assert "a: ok, " in capsys.readouterr().out
+
+
+def test_a_part_of_one_item_has_time_for_it():
+    assert parts.budget_s("backends", "small") == parts.BUDGET_S["small"] == 600
+    for part in parts.ONE_ITEM:
+        (item,) = parts.items(part, "small", torch.device("cpu")).values()
+        assert parts.budget_s(part, "small") >= item.limit_s
