@@ -33,13 +33,19 @@ def moved(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[Change]:
     return sorted(found, key=lambda change: -(max(change.ratio, 1 / change.ratio) if change.ratio else 1e9))
 
 
-def tell(found: Iterable[Change]) -> None:
-    """A line for each."""
+def shared(old: Mapping[str, Any], new: Mapping[str, Any]) -> int:
+    """How many rows both files have."""
+    return len(_rows(old).keys() & _rows(new).keys())
+
+
+def tell(found: Iterable[Change], count: int) -> None:
+    """A line for each, of ``count`` rows that were compared."""
     lines = [
         f"  {one.what}: {one.old} -> {one.new}" + (f" ({one.ratio:.2f} times)" if one.ratio else "")
         for one in found
     ]
-    print("\n".join(["moved beyond the spread:", *lines]) if lines else "nothing moved beyond the spread")
+    head = "moved beyond the spread" if lines else "nothing moved beyond the spread"
+    print("\n".join([f"of {count} rows in both files, {head}", *lines]))
 
 
 def _rows(items: Mapping[str, Any]) -> Rows:

@@ -67,8 +67,10 @@ def run(options: argparse.Namespace) -> int:
     parts = list(PARTS) if options.parts == ["all"] else options.parts or ["backends"]
     if unknown := [part for part in parts if part not in PARTS]:
         raise Refused(f"unknown part {unknown[0]!r}. Write one of {', '.join(PARTS)}, or all.")
-    if options.compare and not options.compare.is_file():
-        raise Refused(f"--compare {options.compare}: there is no such file.")
+    if options.compare and not engine.read(options.compare):
+        raise Refused(
+            f"--compare {options.compare} is no results file. Write the path of an earlier backends.json."
+        )
     if options.item:
         engine.emit(items(parts[0], which, device)[options.item].measure())
         return 0
@@ -102,7 +104,7 @@ def _part(part: str, which: str, limits: dict[str, float], options: argparse.Nam
     if path:
         print(f"wrote {path}")
     if options.compare:
-        changes.tell(changes.moved(old, known))
+        changes.tell(changes.moved(old, known), changes.shared(old, known))
     return engine.failures(known, limits)
 
 

@@ -194,7 +194,7 @@ def _sdpa_reasons(call: Call) -> Iterator[str]:
     if call.aux is not None and call.aux.max_scores:
         yield "it does not return max_scores"
     if call.query.device.type == "cpu" and (hours := gather_cost.hours(call)) > 1:
-        yield f"{_AUTO_ONLY}it would take about {hours:.0f} hours"
+        yield f'{_AUTO_ONLY}it would take about {hours:.0f} hours. backend="sdpa" does it all the same'
 
 
 def _reference_reasons(call: Call) -> Iterator[str]:

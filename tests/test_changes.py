@@ -109,12 +109,13 @@ def test_what_one_file_lacks_is_left_out_and_the_largest_comes_first(capsys):
     new = [timing(name, ms) for name, ms in (("a", 15.0), ("b", 2.0), ("c", "no"), ("new", 1.0))]
     found = changes.moved(items(*old), items(*new))
     assert [one.what.split(", ")[1] for one in found] == ["c", "b", "a"]
-    changes.tell(found)
+    assert changes.shared(items(*old), items(*new)) == 3
+    changes.tell(found, 3)
     assert capsys.readouterr().out.splitlines() == [
-        "moved beyond the spread:",
+        "of 3 rows in both files, moved beyond the spread",
         "  video, c, forward: ran -> no",
         "  video, b, forward: 10 ms -> 2 ms (0.20 times)",
         "  video, a, forward: 10 ms -> 15 ms (1.50 times)",
     ]
-    changes.tell([])
-    assert capsys.readouterr().out == "nothing moved beyond the spread\n"
+    changes.tell([], 0)
+    assert capsys.readouterr().out == "of 0 rows in both files, nothing moved beyond the spread\n"

@@ -104,7 +104,8 @@ def test_where_results_go(monkeypatch, tmp_path):
     [
         (["nope"], "unknown part 'nope'. Write one of backends, growth, "),
         (["--only", "nope"], "backends has no item 'nope'. Add --list to see them."),
-        (["--compare", "nope.json"], "--compare nope.json: there is no such file."),
+        (["--compare", "nope.json"], "--compare nope.json is no results file. Write the path of an"),
+        (["--compare", "pyproject.toml"], "--compare pyproject.toml is no results file."),
     ],
 )
 def test_words_that_make_no_sense(words, said, capsys):
