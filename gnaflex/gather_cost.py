@@ -28,7 +28,7 @@ def cheaper(call: Call) -> str:
     Example: row-major blocks of 128 tokens cover a small 3-D window badly, its boxes of keys do not.
     """
     record = call.record
-    plain = call.score_mod is None and call.aux is None and call.query.dtype == torch.float32
+    plain = call.score_mod is None and call.query.dtype == torch.float32
     if not plain or record is None or record.block_size is None or record.heads or record.cuts is not None:
         return ""
     size = math.prod(record.block_size)

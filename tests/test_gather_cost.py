@@ -22,6 +22,7 @@ ORDERS = {
     "dilated, causal": Order((Document(Layout(GNA((11, 13), (3, 4), 2, (2, 3), (True, False)))),)),
     "tile-major": Order((Document(Layout(GNA((5, 9, 12), (3, 4, 5)), (2, 4, 4), (2, 4, 4))),)),
     "text": Order((Document(Layout(GNA((9, 12), 4)), prefix=7, suffix=30, extra_kv=3),)),
+    "long text": Order((Document(Layout(GNA((96, 128), 4, 4)), suffix=5000),)),
     "packed": Order((Document(Layout(GNA((9, 12), 4)), suffix=3), Document(Layout(GNA((30,), 5, 5))))),
 }
 
@@ -44,13 +45,13 @@ def test_work_is_that_of_the_tiles(name, group):
     assert gather.work(q, k, v, order) == total
 
 
-def chosen(spec, score_mod=None, aux=None, dtype=torch.float32, **mask):
+def chosen(spec, score_mod=None, dtype=torch.float32, **mask):
     """What "auto" takes under a mask in the order that costs FlexAttention least."""
     tile = mask.pop("q_tile", advice.cheapest_layout(spec).q_tile)
     bm = gnaflex.block_mask(spec, q_tile=tile, kv_tile=tile, device="cpu", **mask)
     more = bm.seq_lengths[0] - spec.num_tokens
     q, k, v = tensors(spec, dtype=dtype, more=more)
-    call = Call(q, k, v, score_mod, bm, record_of(bm), None, False, None, aux)
+    call = Call(q, k, v, score_mod, bm, record_of(bm), None, False, None, None)
     return dispatch.choose(call, "auto"), call
 
 
@@ -92,6 +93,18 @@ def test_it_weighs_pairs_against_pairs(monkeypatch):
 def test_what_was_not_measured_stays_with_flex(change):
     assert chosen(SPARSE)[0] == "sdpa"
     assert chosen(SPARSE, **change)[0] == "flex"
+
+
+def test_windows_per_head_stay_with_flex():
+    bm = gnaflex.block_mask([SPARSE, GNA(SPARSE.shape, (4, 8, 16))], device="cpu")
+    call = Call(*tensors(SPARSE, heads=2), None, bm, record_of(bm), None, False, None, None)
+    assert not gather_cost.cheaper(call)
+    assert (
+        gather_cost.hours(call)
+        == pytest.approx(  # as if all heads had the costliest window
+            2 * gather_cost.PAIR_S / 3600 * max(gather.work(*call[:3], order) for order in call.record.orders)
+        )
+    )
 
 
 def test_text_counts():
