@@ -144,9 +144,9 @@ def ours(backend: str, problem: Problem, device: torch.device) -> Ready:
     mask = None
     if backend == "flash":
         rows = flash.q_rows(device)
-        mask = lambda: routes.Problem(0, spec).for_flash(rows, True).mask(device)  # noqa: E731
+        mask = lambda: routes.Problem(spec).for_flash(rows, True).mask(device)  # noqa: E731
     elif backend == "flex":
-        mask = lambda: routes.Problem(0, spec).cheapest.mask(device)  # noqa: E731
+        mask = lambda: routes.Problem(spec).cheapest.mask(device)  # noqa: E731
     return Ready(call, mask, predicted(backend, problem, device))
 
 

@@ -1,6 +1,8 @@
 """Generalized Neighborhood Attention compiled into PyTorch FlexAttention, exactly and in milliseconds."""
 
+from importlib import import_module
 from pathlib import Path
+from types import ModuleType
 
 from gnaflex.bias import coordinate_score_mod, in_order, relative_bias
 from gnaflex.derive import Shard, packed_block_mask, resize, shard, with_lengths
@@ -52,3 +54,10 @@ __all__ = [  # noqa: RUF022 (plainly sorted)
 _root = Path(__file__).parent.parent
 if (_root / "pyproject.toml").is_file():  # a source tree, where gnaflex.cuda_backend lies beside this folder
     __path__.append(str(_root))
+
+
+def __getattr__(name: str) -> ModuleType:
+    """``gnaflex.models`` and ``gnaflex.nn``, imported where they are used first."""
+    if name in ("models", "nn"):
+        return import_module(f"gnaflex.{name}")
+    raise AttributeError(f"module 'gnaflex' has no attribute {name!r}")

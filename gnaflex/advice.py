@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import lru_cache
 
 from gnaflex import flex
@@ -13,7 +13,7 @@ from gnaflex.layout import Layout
 from gnaflex.mask import MaskRecord
 from gnaflex.order import order_of
 from gnaflex.spec import GNA
-from gnaflex.tiles import allowed_pairs, touched_blocks
+from gnaflex.tiles import allowed_pairs, padded_tokens, touched_blocks
 
 # Permuting one token of q, k, v and o costs about as much as this many query-key pairs: 8 passes over its
 # row at 10 GB/s against 4 FLOP per pair and channel at 100 GFLOP/s (two CPU cores; GPUs have a like ratio).
@@ -39,6 +39,39 @@ def cheapest_layout(spec: GNA) -> Layout:
         if cost < least:
             best, least = layout, cost
     return best
+
+
+def common_tile(specs: Mapping[GNA, int]) -> tuple[int, ...] | str:
+    """The tile whose token order serves several problems on one grid with the least work, so many calls of
+    each, their tokens permuted once for all; or why there is none. Tiles must leave no padding, which every
+    other part of a model would compute on, too."""
+    first = next(iter(specs))
+    if len({spec.dilation for spec in specs}) > 1:
+        return "its layers differ in dilation"
+    block = flex.DEFAULT_BLOCK
+    tiles = [
+        tile
+        for tile in _boxes(block, first.rank)
+        if all(n % t == 0 for axis, t in zip(first.axes, tile, strict=True) for n in axis.group_lengths)
+    ]
+    if not tiles:
+        return f"no box of {block} tokens divides {'x'.join(map(str, first.shape))}"
+    work = {
+        tile: sum(calls * touched_blocks(spec, tile, tile) for spec, calls in specs.items()) for tile in tiles
+    }
+    best = min(tiles, key=work.__getitem__)
+    apart = sum(calls * _work_alone(spec) for spec, calls in specs.items())
+    if work[best] * block**2 > apart:
+        return f"the best box that divides it, {best}, is dearer than other boxes with a permutation each"
+    return best
+
+
+def _work_alone(spec: GNA) -> int:
+    """Pairs of a call in its own cheapest order, its permutation included."""
+    tile, block = cheapest_layout(spec).q_tile, flex.DEFAULT_BLOCK
+    if tile is None:
+        return flex.listed_blocks(MaskRecord((order_of(spec),), "table", (block, block))) * block**2
+    return touched_blocks(spec, tile, tile) * block**2 + padded_tokens(spec, tile) * PERMUTE_PAIRS
 
 
 @lru_cache(maxsize=16)

@@ -152,7 +152,7 @@ def attention(
     known(backend)
     count = extra[0].shape[1] if extra else 0
     spec = GNA(shape[1:-2], *form) if not lanes.is_plain(form) else None
-    problem = _problem(count, shape[1:-2], *form) if spec is None else Problem(count, spec)
+    problem = _problem(count, shape[1:-2], *form) if spec is None else Problem(spec, extra_kv=count)
     if score_mod is not None:
         check_score_mod(score_mod, (problem.row_major.order,), query.shape[-2])
     aux = AuxRequest(lse=True) if return_lse else None
@@ -195,7 +195,7 @@ def _lane(
 def _problem(
     extra_kv: int, shape: tuple[int, ...], window: Any, stride: Any, dilation: Any, is_causal: Any
 ) -> Problem:
-    return Problem(extra_kv, GNA(shape, window, stride, dilation, is_causal))
+    return Problem(GNA(shape, window, stride, dilation, is_causal), extra_kv=extra_kv)
 
 
 def explain(

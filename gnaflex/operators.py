@@ -152,7 +152,7 @@ def _autograd_inside_an_operator() -> Any:
     return torch._C._ForceDispatchKeyGuard(torch._C._dispatch_tls_local_include_set(), excluded)
 
 
-def _recomputed(run: Any, inputs: Sequence[Tensor], grads: Sequence[Tensor], lse: bool) -> list[Tensor]:
+def recomputed(run: Any, inputs: Sequence[Tensor], grads: Sequence[Tensor], lse: bool) -> list[Tensor]:
     """Gradients of the inputs by running the forward again with gradients."""
     with torch.enable_grad(), _autograd_inside_an_operator():
         leaves = [x.detach().requires_grad_() for x in inputs]
@@ -184,7 +184,7 @@ def attend_backward(
     lse: bool,
 ) -> list[Tensor]:  # fmt: skip
     """Gradients of :func:`attend`."""
-    return _recomputed(
+    return recomputed(
         lambda a, b, c: _run(a, b, c, text_valid, padding, code, scale, lse, "auto"),
         (q, k, v),
         (grad, grad_lse),
@@ -213,11 +213,11 @@ def attend_grid_backward(
     """Gradients of :func:`attend_grid`."""
     rest: Any = window, stride, dilation, is_causal, scale, lse, "auto"
     if extra_k is None or extra_v is None:
-        return _recomputed(
+        return recomputed(
             lambda a, b, c: _run_grid(a, b, c, None, None, *rest), (q, k, v), (grad, grad_lse), lse
         )
     inputs = q, k, v, extra_k, extra_v
-    return _recomputed(lambda *x: _run_grid(*x, *rest), inputs, (grad, grad_lse), lse)
+    return recomputed(lambda *x: _run_grid(*x, *rest), inputs, (grad, grad_lse), lse)
 
 
 def _register(forward: Any, backward: Any, rest: int) -> None:

@@ -83,7 +83,7 @@ LAW = {
     "reasons": {"spec", "planner", "axis_tables", "nearby"},
     "trial": {"spec", "tiles", "mask", "planner"},
     "routes": {
-        *("spec", "layout", "order", "reorder", "mask", "flex", "advice", "flash", "dispatch"),
+        *("spec", "layout", "order", "reorder", "cuts", "mask", "flex", "advice", "flash", "dispatch"),
     },
     "door": {
         *("spec", "mask", "origin", "advice", "flash", "dispatch", "checks", "lanes", "routes"),
