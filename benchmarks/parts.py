@@ -19,7 +19,7 @@ ONE_ITEM = (
     "joint_masks",
     "planning",
 )  # modules of that name
-PARTS = ("backends", "growth", *ONE_ITEM)
+PARTS = ("backends", "growth", "models", *ONE_ITEM)
 LIMIT_S = {"full": 300.0, "small": 120.0, "quick": 120.0}  # of a problem
 QUICK_S, LONG_S = 120.0, 1800.0  # of a part that is one item
 BUDGET_S = {"full": 3600.0, "small": 600.0, "quick": 120.0}  # of all problems, and of growth
@@ -36,6 +36,10 @@ def items(part: str, which: str, device: torch.device) -> dict[str, Item]:
         from . import growth
 
         return growth.items(device)
+    if part == "models":
+        from .models import MODELS
+
+        return {name: Item(partial(_steps, name, which, device), LIMIT_S[which]) for name in MODELS}
     quick = which == "quick"
     return {part: Item(partial(_module, part, quick), QUICK_S if quick else LONG_S)}
 
@@ -49,6 +53,12 @@ def _compared(name: str, which: str, device: torch.device) -> Iterator[Any]:
     from .comparison import compare
 
     return compare(name, SETS[which][name], device, dtype_on(device))
+
+
+def _steps(name: str, which: str, device: torch.device) -> Iterator[Any]:
+    from .models import steps
+
+    return steps(name, which, device, dtype_on(device))
 
 
 def _module(part: str, quick: bool) -> Iterator[Any]:

@@ -89,6 +89,28 @@ LAW = {
         *("spec", "mask", "origin", "advice", "flash", "dispatch", "checks", "lanes", "routes"),
     },
 }
+# the same for gnaflex/models; nothing outside imports from it
+MODELS_LAW = {
+    "recipes": {"spec", "paper"},
+    "steps": set(),
+    "tokens": {"spec", "layout", "reorder", "checks", "dispatch", "routes", "operators", "door"},
+    "processors": {"spec", "models.tokens"},
+    "families": {"spec", "order", "reorder"},
+    "attached": {
+        *("spec", "layout", "order", "reorder", "advice"),
+        *("models.recipes", "models.steps", "models.tokens", "models.processors", "models.families"),
+    },
+    "decoder": {"spec", "door", "models.recipes"},
+    "applied": {
+        *("spec", "dispatch", "models.attached", "models.decoder", "models.families", "models.recipes"),
+        "models.steps",
+    },
+    "cosmos_original": {"spec", "door"},
+    "report": {
+        *("spec", "planner", "timing", "models.applied", "models.attached", "models.decoder"),
+        *("models.families", "models.recipes"),
+    },
+}
 NO_TORCH = {"spec", "window", "tiles", "layout", "order", "blocks", "row_blocks", "tile_blocks"}
 NO_TORCH |= {"planner", "paper", "plan_verbs", "kernel_verbs", "timing", "drawn", "figures", "drawing"}
 NO_TORCH |= {"roofline", "axis_tables", "nearby", "fewest", "searching", "reasons"}
@@ -118,9 +140,18 @@ def test_import_law(module):
         assert not any(name.split(".")[0] == "torch" for name in found)
 
 
+@pytest.mark.parametrize("module", sorted(MODELS_LAW))
+def test_import_law_of_models(module):
+    found = top_level_imports(ROOT / "models" / f"{module}.py")
+    ours = {name.removeprefix("gnaflex.") for name in found if name.startswith("gnaflex.")}
+    assert ours <= MODELS_LAW[module], f"{module} may not import {ours - MODELS_LAW[module]}"
+    assert not any(name.split(".")[0] in ("diffusers", "transformers") for name in found)
+
+
 def test_the_law_knows_every_module():
     commands = {"__init__", "__main__", "cli", "demo", "pictures"}
     assert {path.stem for path in ROOT.glob("*.py")} - commands == set(LAW)
+    assert {path.stem for path in (ROOT / "models").glob("*.py")} - {"__init__"} == set(MODELS_LAW)
 
 
 def fresh(code: str) -> list[str]:
@@ -143,6 +174,15 @@ def test_sympy_waits_until_a_window_is_needed():
     problem = "import gnaflex\ngnaflex.GNA((30, 48, 80), (18, 24, 24), (16, 8, 8))"
     assert "sympy" not in set(fresh(problem)) - set(fresh(TORCH))
     assert "sympy" in fresh("import gnaflex\ngnaflex.block_mask((8, 8), 3, device='cpu')")
+
+
+def test_models_wait_until_they_are_needed():
+    assert not {"gnaflex.models", "gnaflex.nn"} & set(fresh("import gnaflex"))
+    used = fresh("import gnaflex\ngnaflex.models.apply, gnaflex.nn.NeighborhoodAttention")
+    assert {"gnaflex.models", "gnaflex.nn"} <= set(used)
+    assert not {"diffusers", "transformers"} & set(used)
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        gnaflex.nothing  # noqa: B018
 
 
 def test_public_names():

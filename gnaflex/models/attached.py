@@ -35,7 +35,7 @@ class Attached:
         self.model, self.family, self.recipe, self.clock = model, family, recipe, clock
         self.backend, self.permute = backend, permute
         self.attentions = family.layers(model)
-        recipe.schedule.check_layers(len(self.attentions))
+        recipe.check(len(self.attentions), family.axes)
         self.numbers = sparse_numbers(recipe, len(self.attentions))
         for number in self.numbers:
             check_processor(self.attentions[number], number)
@@ -145,18 +145,19 @@ class Attached:
         active = Counter(one for one in tokens if one is not None)
         if self.permute == "layer" or not active:
             return None
-        if self.permute == "auto" and not all(one.way == (True, "flex") for one in active):
+        device = given[self.family.latents].device
+        if self.permute == "auto" and not all(one.way(device) == (True, "flex") for one in active):
             return None  # the first call of each tells what its backend needs
         why = self.family.fixed_order(self.model, given)
-        found = why or self._common_order(active, seen)
+        found = why or self._common_order(active, seen, device)
         if isinstance(found, Order):
             return found
         if self.permute == "once":
             raise GNAError(f'permute="once" is not possible here: {found}.\n  Write permute="auto".')
         return None
 
-    def _common_order(self, active: Counter[Tokens], seen: Seen) -> Order | str:
-        if torch.is_grad_enabled() and seen.timestep is not None and seen.timestep.device.type == "cpu":
+    def _common_order(self, active: Counter[Tokens], seen: Seen, device: torch.device) -> Order | str:
+        if torch.is_grad_enabled() and device.type == "cpu":
             return "FlexAttention has no backward on a CPU"
         tile = _tile({tokens.spec: calls for tokens, calls in active.items()})
         if isinstance(tile, str):

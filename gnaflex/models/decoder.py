@@ -48,8 +48,8 @@ class AttachedDecoder:
         layers = [one for one in model.modules() if type(getattr(one, "processor", None)).__name__ == _STOCK]
         if not layers:
             raise GNAError(
-                f"no layer of {type(model).__name__} has diffusers' own {_STOCK}: another was set, or apply is "
-                "in force already.\n  Call .remove() on what the first apply returned."
+                f"no layer of {type(model).__name__} has diffusers' own {_STOCK}: another was set, or apply "
+                "is in force already.\n  Call .remove() on what the first apply returned."
             )
         self._stock = [(layer, layer.processor) for layer in layers]
         ours = NeighborhoodProcessor(backend)

@@ -47,12 +47,14 @@ class Attention:
 
 class Family:
     """A class of models. ``blocks`` are its lists of blocks, in the order they run, ``attention`` the name of
-    the self-attention in a block. ``axes`` is the rank of its grids."""
+    the self-attention in a block, ``axes`` the rank of its grids, ``latents`` the argument that holds them,
+    ``tables`` the submodules whose output has a row per token, and in which dimension."""
 
     blocks: tuple[str, ...] = ("transformer_blocks",)
     attention = "attn1"
     axes = 3
-    tables: Mapping[str, int] = MappingProxyType({"rope": 0})  # submodules with a row per token, in which dim
+    latents = "hidden_states"
+    tables: Mapping[str, int] = MappingProxyType({"rope": 0})
 
     def layers(self, model: Any) -> list[Attention]:
         """Its self-attention layers in the order they run; cross attention and text refiners are none."""
@@ -69,8 +71,8 @@ class Family:
 
     def see(self, model: Any, given: dict[str, Any]) -> Seen:
         """What a call with these arguments tells."""
-        latents = given["hidden_states"]
-        grid = tuple(n // p for n, p in zip(latents.shape[2:], self.patch(model), strict=True))
+        latents = given[self.latents].shape[2:]
+        grid = tuple(n // p for n, p in zip(latents, self.patch(model), strict=True))
         return Seen(grid, timestep=given["timestep"])
 
     def fixed_order(self, model: Any, given: dict[str, Any]) -> str:
@@ -179,12 +181,10 @@ class CosmosControl(Family):
     """The control blocks of Cosmos-Transfer 2.5."""
 
     blocks = ("control_blocks",)
+    latents = "controls_latents"
 
     def fixed_order(self, model: Any, given: dict[str, Any]) -> str:
         return "what its blocks return goes to another model"
-
-    def see(self, model: Any, given: dict[str, Any]) -> Seen:
-        return super().see(model, {**given, "hidden_states": given["controls_latents"]})
 
 
 class Wan(Family):

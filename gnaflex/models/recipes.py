@@ -39,6 +39,18 @@ class Neighborhood:
         window, stride, dilation = zip(*scaled, strict=True)
         return GNA(grid, window, stride, dilation, self.is_causal)
 
+    def check(self, axes: int) -> None:
+        """Refuse what is valid on no grid of so many axes."""
+        windows, dilations, bases = (
+            _entries(name, value, axes)
+            for name, value in (
+                ("window", self.window),
+                ("dilation", self.dilation),
+                ("base", -1 if self.base is None else self.base),
+            )
+        )
+        self.on(tuple(map(_least_length, windows, dilations, bases)))
+
     def too_large(self, grid: tuple[int, ...]) -> str:
         """Why a grid is too small for it, in words; "" if it is not."""
         windows = _entries("window", self.window, len(grid))
@@ -61,6 +73,14 @@ def _entries(name: str, value: Any, rank: int) -> tuple[Any, ...]:
             f"axes.\n  Write {name}={(entries * rank)[:rank]!r}, say."
         )
     return entries
+
+
+def _least_length(window: Any, dilation: Any, base: Any) -> Any:
+    """A length on which an axis breaks no rule of lengths."""
+    if base != -1:
+        return base
+    steps = dilation if isinstance(dilation, int) else 1
+    return max(window, 1) * max(steps, 1)
 
 
 def _scaled(length: int, base: int, window: int, stride: int, dilation: Any) -> tuple[int, int, Any]:
@@ -129,7 +149,7 @@ class Schedule:
         return default
 
     def check_layers(self, count: int) -> None:
-        """Refuse numbers that no layer of a model has, and what is no neighborhood."""
+        """Refuse numbers that no layer of a model with ``count`` layers has, and what is no neighborhood."""
         for number, one in self.layers.items():
             if one is not None and not isinstance(one, Neighborhood):
                 raise GNAError(
@@ -185,6 +205,13 @@ class Recipe:
     schedule: Schedule = Schedule()
     name: str = ""
     source: str = ""
+
+    def check(self, count: int, axes: int) -> None:
+        """Refuse what no model with ``count`` layers on grids of ``axes`` axes can do."""
+        self.schedule.check_layers(count)
+        for one in (self.neighborhood, *self.schedule.layers.values()):
+            if one is not None:
+                one.check(axes)
 
 
 def recipe(name: str) -> Recipe:

@@ -21,7 +21,7 @@ from gnaflex.layout import Layout
 from gnaflex.operators import recomputed
 from gnaflex.reorder import real_tensors
 from gnaflex.routes import Problem, Route, attended
-from gnaflex.spec import GNA
+from gnaflex.spec import GNA, GNAError
 
 
 @dataclass(frozen=True)
@@ -46,14 +46,19 @@ class Tokens:
         return _numbers[self]
 
     @property
-    def way(self) -> tuple[bool, str] | None:
-        """Whether its last call permuted tokens, and the backend that ran it; None before the first."""
-        return _ways.get(self)
+    def count(self) -> int:
+        """All tokens."""
+        return self.prefix + self.spec.num_tokens + self.suffix
+
+    def way(self, device: torch.device) -> tuple[bool, str] | None:
+        """Whether its last call on a device permuted tokens, and the backend that ran it; None before the
+        first."""
+        return _ways.get((self, device))
 
 
 _numbers: dict[Tokens, Tensor] = {}
 _numbered: list[Tokens] = []
-_ways: dict[Tokens, tuple[bool, str]] = {}
+_ways: dict[tuple[Tokens, torch.device], tuple[bool, str]] = {}
 
 
 @lru_cache(maxsize=64)
@@ -78,9 +83,17 @@ def attend(tokens: Tokens, query: Tensor, key: Tensor, value: Tensor, lengths: T
 
     Returns:
         [batch, tokens, heads, head_dim of the value].
+
+    Raises:
+        GNAError: the number of tokens is another.
     """
-    if torch.compiler.is_dynamo_compiling():
-        raise RuntimeError("compiled code calls the operator attend_tokens")
+    if query.shape[1] != tokens.count:
+        raise GNAError(
+            f"a layer got {query.shape[1]} tokens: its model has {tokens.count}, "
+            f"{'x'.join(map(str, tokens.spec.shape))} and {tokens.prefix + tokens.suffix} of text.\n"
+            "  What cuts or merges tokens between blocks needs dense layers there: "
+            "schedule=Schedule(layers={number: None})."
+        )
     query, key, value = autocast(query, key, value)
     gqa = query.shape[2] != key.shape[2]
     if tokens.layout is not None:
@@ -96,7 +109,7 @@ def attend(tokens: Tokens, query: Tensor, key: Tensor, value: Tensor, lengths: T
         return Call(q, k, v, None, None, route.under(lengths), None, gqa, None, None)
 
     route, name, _, out = attended(problem, tokens.backend, None, query.device, call_in)
-    _ways[tokens] = route.order.is_tiled, name
+    _ways[tokens, query.device] = route.order.is_tiled, name
     return route.heads_last(out, query.shape)
 
 
