@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, nn
 
 from gnaflex.bias import relative_bias as bias_of_offsets
-from gnaflex.checks import autocast
 from gnaflex.dispatch import known
 from gnaflex.door import attention
 from gnaflex.spec import GNA, GNAError, whole
@@ -167,7 +166,6 @@ class NeighborhoodAttention(nn.Module):
     def _attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         if self.rpb is None or not torch.compiler.is_dynamo_compiling():
             return _attention(query, key, value, self.rpb, self._problem, self.scale, self.backend)
-        query, key, value = autocast(query, key, value)  # it does not reach into operators
         rest = repr(self._problem), self.scale, self.backend
         return attend_biased(query, key, value, self.rpb, *rest)  # type: ignore[no-any-return]
 
@@ -254,7 +252,7 @@ def attend_biased(
     q: Tensor, k: Tensor, v: Tensor, table: Tensor, problem: str, scale: float | None, backend: str
 ) -> Tensor:
     """Attention with a learned relative bias as one operator; the problem travels as text."""
-    with torch.no_grad(), _keys_of_plain_code():
+    with _keys_of_plain_code():
         out = _attention(q, k, v, table, literal_eval(problem), scale, backend)
         return out.clone(memory_format=torch.contiguous_format)
 

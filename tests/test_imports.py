@@ -63,6 +63,7 @@ LAW = {
     },
     "operators": {"spec", "cuts", "mask", "origin", "flex"},
     "checks": {"spec", "order", "mask", "dispatch"},
+    "nn": {"spec", "bias", "dispatch", "door"},
     "planner": {"spec", "window", "tiles"},
     "paper": {"spec", "planner", "timing"},
     "words": {"spec"},
@@ -105,10 +106,15 @@ MODELS_LAW = {
         *("spec", "dispatch", "models.attached", "models.decoder", "models.families", "models.recipes"),
         "models.steps",
     },
-    "cosmos_original": {"spec", "door"},
-    "report": {
-        *("spec", "planner", "timing", "models.applied", "models.attached", "models.decoder"),
-        *("models.families", "models.recipes"),
+    "cosmos_original": {"spec", "door", "models.recipes"},
+    "calls": {"spec", "plan_verbs", "models.families", "models.recipes"},
+    "forecast": {
+        *("spec", "planner", "timing", "models.attached", "models.calls", "models.families"),
+        *("models.processors", "models.recipes"),
+    },
+    "reporting": {
+        *("spec", "planner", "plan_verbs", "timing", "models.calls", "models.families"),
+        *("models.forecast", "models.recipes"),
     },
 }
 NO_TORCH = {"spec", "window", "tiles", "layout", "order", "blocks", "row_blocks", "tile_blocks"}

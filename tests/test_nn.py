@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import io
 import itertools
@@ -12,6 +13,7 @@ import re
 import pytest
 import torch
 from torch.nn.functional import layer_norm, linear
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import gnaflex
 from gnaflex import GNAError, nn
@@ -284,7 +286,7 @@ COMPILED = {
     "plain, autocast": ("2-D strided", SDPA, True),
     "all": ("3-D all", ALL | SDPA, False),
     "all, autocast": ("3-D all", ALL | SDPA, True),
-    "max": ("2-D widest", {"relative_bias": True} | SDPA, False),
+    "max, scale": ("2-D widest", {"relative_bias": True, "scale": 0.9} | SDPA, False),
     "auto": ("2-D", ALL, False),
 }
 
@@ -308,12 +310,26 @@ def test_inside_a_users_compiled_function(problem, options, autocast):
         torch.testing.assert_close(got, right, rtol=1e-4, atol=1e-4)
 
 
+class Mode(TorchDispatchMode):
+    """Changes nothing, but that operators run below it."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        return func(*args, **(kwargs or {}))
+
+
 def test_the_operator_is_sound():
-    """torch's own checks: schema, fake tensors, autograd registration, tracing; under dispatch modes, too."""
+    """torch's own checks: schema, fake tensors, autograd registration, tracing; and under dispatch modes."""
     q, k, v = (torch.randn(2, 4, 5, h, 4, dtype=EXACT, requires_grad=True) for h in (4, 2, 2))
     for problem, extent in (((3, 1, 1, False), 5), (((2, 2), (1, 2), (1, "max"), (True, False)), 3)):
         table = torch.randn(4, extent, extent, dtype=EXACT, requires_grad=True)
-        torch.library.opcheck(nn.attend_biased, (q, k, v, table, repr(problem), 0.4, "auto"))
+        args = (q, k, v, table, repr(problem), 0.4, "auto")
+        torch.library.opcheck(nn.attend_biased, args)
+        found = []
+        for mode in (contextlib.nullcontext(), Mode()):
+            with mode:
+                out = nn.attend_biased(*args)
+                found.append((out, *torch.autograd.grad(out.square().sum(), args[:4])))
+        assert_same(*found)
 
 
 def test_dropout_is_for_training():

@@ -233,6 +233,8 @@ def test_a_pipeline_runs(build, model, passes):
     assert dense.numel() == channels * math.prod(model().grid) * (1 if model is tiny.flux else 4)
     assert dense.isfinite().all()
     assert dense.std() > 0.1
+    if passes == 2:
+        assert distance(call["negative_prompt_embeds"], call["prompt_embeds"]) > 0.1
     assert torch.equal(steps(*build()), dense)
     assert distance(steps(pipe, call, seed=1), dense) > 0.1
 

@@ -26,7 +26,8 @@ from gnaflex.reference import dense_mask
 Grid = tuple[int, ...]
 Extents = int | Sequence[int]
 Pipeline = tuple[Any, dict[str, Any]]  # with what it is called with, but for the steps and the generator
-Dtype, F32 = torch.dtype, torch.float32
+Dtype = torch.dtype
+F32 = torch.float32
 
 VIDEO, IMAGE = (3, 6, 10), (9, 14)  # no tile divides them
 HEADS, HEAD_DIM = 3, 16

@@ -3,6 +3,7 @@
 from gnaflex.models.applied import Applied, apply
 from gnaflex.models.cosmos_original import CosmosAttention, replace_attention
 from gnaflex.models.recipes import RECIPES, Neighborhood, Recipe, Schedule, recipe
+from gnaflex.models.reporting import report
 
 __all__ = [  # noqa: RUF022 (plainly sorted)
     "Applied",
@@ -14,4 +15,5 @@ __all__ = [  # noqa: RUF022 (plainly sorted)
     "apply",
     "recipe",
     "replace_attention",
+    "report",
 ]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from types import TracebackType
 from typing import Any
 
@@ -11,7 +10,7 @@ from gnaflex.dispatch import known
 from gnaflex.models.attached import PERMUTE, Attached
 from gnaflex.models.decoder import AttachedDecoder
 from gnaflex.models.families import DECODER, FAMILIES, found_in, name_of
-from gnaflex.models.recipes import Neighborhood, Recipe, Schedule
+from gnaflex.models.recipes import Neighborhood, Recipe, Schedule, as_recipe
 from gnaflex.models.steps import Clock
 from gnaflex.spec import GNAError
 
@@ -91,7 +90,7 @@ def apply(
         ...     list(applied.models)
         ['WanTransformer3DModel']
     """
-    recipe = _recipe(window, stride, dilation, base, schedule)
+    recipe = as_recipe(window, stride, dilation, base, schedule)
     known(backend)
     if permute not in PERMUTE:
         raise GNAError(f'permute must be one of {PERMUTE}: got {permute!r}. Write permute="auto".')
@@ -120,22 +119,3 @@ def _attached(
             'apply(..., gnaflex.models.recipe("hunyuanvideo-91")).'
         )
     return Attached(model, FAMILIES[name], recipe, clock, backend, permute)
-
-
-def _recipe(window: Any, stride: Any, dilation: Any, base: Any, schedule: Schedule | None) -> Recipe:
-    """The recipe from any way to give it."""
-    if schedule is not None and not isinstance(schedule, Schedule):
-        raise GNAError(
-            f"schedule must be a Schedule: got {schedule!r}.\n"
-            "  Write schedule=gnaflex.models.Schedule(dense_first=0.3)."
-        )
-    if isinstance(window, (Recipe, Neighborhood)) and (stride, dilation, base) != (1, 1, None):
-        raise GNAError(
-            f"a {type(window).__name__} is the whole problem: got stride, dilation or base too.\n"
-            "  Write Neighborhood(window, stride, dilation, base=...)."
-        )
-    if isinstance(window, Recipe):
-        return window if schedule is None else replace(window, schedule=schedule)
-    if window is not None and not isinstance(window, Neighborhood):
-        window = Neighborhood(window, stride, dilation, base=base)
-    return Recipe(window, schedule or Schedule())

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from gnaflex import paper
@@ -272,3 +272,22 @@ RECIPES = {
         _predict2_2b(),
     )
 }
+
+
+def as_recipe(window: Any, stride: Any, dilation: Any, base: Any, schedule: Schedule | None) -> Recipe:
+    """The recipe from any way to give it."""
+    if schedule is not None and not isinstance(schedule, Schedule):
+        raise GNAError(
+            f"schedule must be a Schedule: got {schedule!r}.\n"
+            "  Write schedule=gnaflex.models.Schedule(dense_first=0.3)."
+        )
+    if isinstance(window, (Recipe, Neighborhood)) and (stride, dilation, base) != (1, 1, None):
+        raise GNAError(
+            f"a {type(window).__name__} is the whole problem: got stride, dilation or base too.\n"
+            "  Write Neighborhood(window, stride, dilation, base=...)."
+        )
+    if isinstance(window, Recipe):
+        return window if schedule is None else replace(window, schedule=schedule)
+    if window is not None and not isinstance(window, Neighborhood):
+        window = Neighborhood(window, stride, dilation, base=base)
+    return Recipe(window, schedule or Schedule())
