@@ -152,10 +152,31 @@ def _compared(
     calls["dense"].call(None)
     taken = milliseconds(calls, dict.fromkeys(calls, ROUNDS[device.type]), device)
     switch.off()
+    predicted = _predicted(model, problem, device)
     for what, values in taken.items():
-        yield row(f"{what}{how}", values, "ms", note=f"{problem.spec.num_tokens:,} tokens and text")
+        yield row(f"{what}{how}", values, "ms", note=predicted["dense" if what == "dense" else "sparse"])
     for what, why in refused.items():
         print(f"{what}{how} does not run: {why}")
+
+
+def _predicted(model: Any, problem: Problem, device: torch.device) -> dict[str, str]:
+    """What gnaflex.models.report says of a step, dense and sparse, for GPUs whose rates are known."""
+    if device.type == "cpu":
+        return {"dense": "", "sparse": ""}
+    spec = problem.spec
+    try:
+        (seconds,) = models.report(
+            *(model, spec.window, spec.stride, spec.dilation),
+            grid=spec.shape,
+            text=text_of(problem) or 512,
+            device=torch.cuda.get_device_name(device),
+        ).seconds
+    except GNAError as error:
+        return dict.fromkeys(("dense", "sparse"), f"no prediction: {error}")
+    return {
+        "dense": f"predicted {1e3 * seconds.dense:.0f} ms, {seconds.attention_share:.0%} of it attention",
+        "sparse": f"predicted {1e3 * seconds.sparse:.0f} ms",
+    }
 
 
 class _Switch:

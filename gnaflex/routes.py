@@ -128,9 +128,8 @@ def _order_and_backend(
             return row_major, "cuda", call
     if backend == "flash" or (backend == "auto" and flash.leads(device)):
         order, seen = problem.for_flash(flash.q_rows(device), score_mod is None), call_in(row_major)
-        like = seen._replace(
-            record=order.under(_lengths(seen))
-        )  # nothing is permuted before it is known to serve
+        # nothing is permuted before it is known to serve
+        like = seen._replace(record=order.under(_lengths(seen)))
         if backend == "flash" or (not runs(seen, "cuda") and runs(like, "flash")):
             return order, choose(like, "flash"), call_in(order)
     takes_tiles = score_mod is None and backend in ("auto", "flex")
