@@ -45,6 +45,7 @@ class Attached:
             self.attentions[number].module.processor = with_neighborhood(stock, self.layers[number])
         self._order: Order | None = None  # of the call under way, if its tokens were permuted before
         self._known: dict[Any, list[Tokens | None]] = {}
+        self._all_dense: list[Tokens | None] = [None] * len(self.layers)
         self._said: set[str] = set()
         self._hooks = [
             model.register_forward_pre_hook(self._before, with_kwargs=True),
@@ -67,9 +68,7 @@ class Attached:
         given = arguments(module, args, kwargs)
         del given["self"]
         seen = self.family.see(module, given)
-        tokens = self._tokens(seen)
-        if self._is_dense(seen):
-            tokens = [None] * len(tokens)
+        tokens = self._all_dense if self._is_dense(seen) else self._tokens(seen)
         self._order = self._order_of(seen, given, tokens)
         if self._order is not None:
             layout = self._order.documents[0].layout

@@ -223,12 +223,13 @@ def _signature(forward: Callable[..., Any]) -> inspect.Signature:
 
 def _once_per_tensor(look: Callable[[Tensor], T]) -> Callable[[Tensor], T]:
     """What was found in the last tensor is remembered: a run has one, and looking waits for the GPU."""
-    last: list[Any] = [lambda: None, None]
+    last: list[Any] = [lambda: None, 0, None]
 
     def remembered(x: Tensor) -> T:
-        if last[0]() is not x:
-            last[:] = weakref.ref(x), look(x)
-        found: T = last[1]
+        version = 0 if x.is_inference() else x._version  # it counts writes; inference_mode does not
+        if last[0]() is not x or last[1] != version:
+            last[:] = weakref.ref(x), version, look(x)
+        found: T = last[2]
         return found
 
     return remembered

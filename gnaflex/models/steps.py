@@ -1,4 +1,4 @@
-"""Which step of a run a model is in, told from the timesteps it is called with."""
+"""Which step of a run a model is in, told from its scheduler, or from the timesteps it is called with."""
 
 from __future__ import annotations
 
@@ -11,49 +11,62 @@ class Clock:
     """Counts the steps of the runs of a pipeline, or of a bare transformer.
 
     A step is a change of the timestep, so that the calls of classifier-free guidance are one step, and so are
-    those of several models that share a clock. A run begins when the scheduler was given new timesteps, when
-    the first timestep of the run comes back, or, without a scheduler, when the timestep grows.
+    those of several models that share a clock. A scheduler that counts its own steps is asked: timesteps come
+    rounded to the model's dtype, where neighbours may be equal. Else a run begins when the scheduler was
+    given new timesteps, when the first timestep of the run comes back, or, without a scheduler, when the
+    timestep grows.
     """
 
     def __init__(self, pipe: Any = None, steps: int | None = None) -> None:
-        self._pipe = pipe
-        self._given = steps
+        self._pipe, self._given = pipe, steps
         self._of_run: Any = None  # the scheduler's timesteps when the run began
-        self._steps: int | None = steps
+        self._changes: list[int] = []  # before each of them, from where the run begins; the last is their step
+        self._begin = 0
         self._first = self._last = 0.0
         self.step = -1
 
     @property
     def steps(self) -> int | None:
         """Steps of the run, if they are known."""
-        return self._steps
+        return self._given or (self._changes[-1] + 1 if self._changes else None)
 
     def tick(self, timestep: Tensor) -> int:
         """The step (from 0) of a call with these timesteps: one, one per batch entry, or one per token, of
         which the last counts (the first frames of a video may be given, and have another one)."""
-        now = float(timestep.flatten()[-1])  # on a GPU this waits for the step before
-        if self.step < 0 or self._begins_run(now):
-            self._of_run, self._steps = self._timesteps, self._given or self._count()
+        if self._timesteps is not self._of_run:
+            self._begin_run()
+        index = getattr(self._scheduler, "step_index", None)
+        if index is not None and self._changes:
+            self.step = self._changes[min(max(index - self._begin, 0), len(self._changes) - 1)]
+        else:
+            self._by_timestep(float(timestep.flatten()[-1]))  # on a GPU this waits for the step before
+        return self.step
+
+    @property
+    def _scheduler(self) -> Any:
+        return getattr(self._pipe, "scheduler", None)
+
+    @property
+    def _timesteps(self) -> Any:
+        return getattr(self._scheduler, "timesteps", None)
+
+    def _begin_run(self) -> None:
+        """Image-to-image leaves out the first timesteps: the scheduler knows how many, or the pipeline."""
+        self._of_run, self.step = self._timesteps, -1
+        there = [] if self._of_run is None else self._of_run.tolist()
+        begin = getattr(self._scheduler, "begin_index", None)
+        if begin is None:
+            begin = len(there) - (getattr(self._pipe, "_num_timesteps", None) or len(there))
+        self._begin, changes = max(begin, 0), [0]
+        for before, now in zip(there[self._begin :], there[self._begin + 1 :], strict=False):
+            changes.append(changes[-1] + (now != before))
+        self._changes = changes if there else []
+
+    def _by_timestep(self, now: float) -> None:
+        back = now != self._last and now == self._first
+        grows = self._of_run is None and now > self._last
+        if self.step < 0 or back or grows:
             self._first, self.step = now, 0
         elif now != self._last:
             self.step += 1
         self._last = now
-        return self.step
-
-    @property
-    def _timesteps(self) -> Any:
-        return getattr(getattr(self._pipe, "scheduler", None), "timesteps", None)
-
-    def _begins_run(self, now: float) -> bool:
-        if self._timesteps is not self._of_run:
-            return True
-        if now != self._last and now == self._first:
-            return True
-        return self._of_run is None and now > self._last
-
-    def _count(self) -> int | None:
-        """Distinct timesteps from where the scheduler begins (image-to-image leaves out the first ones)."""
-        if self._of_run is None:
-            return None
-        begin = getattr(self._pipe.scheduler, "begin_index", None) or 0
-        return len(set(self._of_run[begin:].tolist()))
