@@ -95,7 +95,7 @@ MODELS_LAW = {
     "recipes": {"spec", "paper"},
     "steps": set(),
     "tokens": {"spec", "layout", "reorder", "checks", "dispatch", "routes", "operators", "door"},
-    "processors": {"spec", "models.tokens"},
+    "processors": {"spec", "checks", "models.tokens"},
     "families": {"spec", "order", "reorder"},
     "attached": {
         *("spec", "layout", "order", "reorder", "advice"),

@@ -6,6 +6,7 @@ import logging
 import math
 from collections import Counter
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,8 +14,8 @@ from torch import Tensor
 
 from gnaflex.advice import common_tile
 from gnaflex.layout import Layout
-from gnaflex.models.families import Attention, Family, Seen, arguments, replaced
-from gnaflex.models.processors import CALLS, Layer, layer_of, with_neighborhood
+from gnaflex.models.families import Attention, Family, Seen, arguments, keeps_tokens, replaced
+from gnaflex.models.processors import CALLS, Layer, layer_of, mark, with_neighborhood
 from gnaflex.models.recipes import Recipe, problem_on
 from gnaflex.models.steps import Clock
 from gnaflex.models.tokens import Tokens
@@ -50,7 +51,7 @@ class Attached:
         self._hooks = [
             model.register_forward_pre_hook(self._before, with_kwargs=True),
             model.register_forward_hook(self._after),
-            *self._table_hooks(),
+            *self._hooks_of_tables(),
         ]
 
     def remove(self) -> None:
@@ -58,7 +59,7 @@ class Attached:
         for hook in self._hooks:
             hook.remove()
         for number, stock in self._stock.items():
-            self.attentions[number].module.processor = stock
+            self.attentions[number].module.set_processor(stock)  # pops modules that took its place
         self._hooks, self._stock = [], {}
 
     # ---- before and after a forward ------------------------------------------------------------------
@@ -86,23 +87,27 @@ class Attached:
         sample = output[0] if isinstance(output, tuple) else output.sample
         return replaced(output, self.family.out_of_order(module, sample, order))
 
-    def _table_hooks(self) -> list[Any]:
-        """Rotary tables, and whatever else has a row per token, follow the tokens."""
-
-        def follow(dim: int, output: Any) -> Any:
-            if self._order is None:
-                return None
-            if isinstance(output, Tensor):
-                return to_order(output, self._order, dim)
-            return tuple(to_order(x, self._order, dim) for x in output)
-
-        return [
-            getattr(self.model, name).register_forward_hook(
-                lambda _, __, output, dim=dim: follow(dim, output)
-            )
+    def _hooks_of_tables(self) -> list[Any]:
+        """Rotary tables, and whatever else has a row per token, follow the tokens. (What is hooked can be
+        copied with the model.)"""
+        follow = [
+            getattr(self.model, name).register_forward_hook(partial(self._follow, dim))
             for name, dim in self.family.tables.items()
             if getattr(self.model, name, None) is not None
         ]
+        return [*follow, getattr(self.model, self.family.rotary).register_forward_hook(self._mark)]
+
+    def _follow(self, dim: int, module: Any, args: Any, output: Any) -> Any:
+        if self._order is None:
+            return None
+        if isinstance(output, Tensor):
+            return to_order(output, self._order, dim)
+        return tuple(to_order(x, self._order, dim) for x in output)
+
+    def _mark(self, module: Any, args: Any, output: tuple[Tensor, ...]) -> None:
+        """Blocks that run again in a backward pass find there what they were told in their own forward."""
+        if torch.is_grad_enabled() and getattr(self.model, "gradient_checkpointing", False):
+            mark(output, self.layers.values())
 
     # ---- what the layers compute ---------------------------------------------------------------------
 
@@ -147,7 +152,7 @@ class Attached:
         device = given[self.family.latents].device
         if self.permute == "auto" and not all(one.way(device) == (True, "flex") for one in active):
             return None  # the first call of each tells what its backend needs
-        why = self.family.fixed_order(self.model, given)
+        why = self.family.fixed_order(self.model, given) or keeps_tokens(self.model)
         found = why or self._common_order(active, seen, device)
         if isinstance(found, Order):
             return found

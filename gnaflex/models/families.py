@@ -48,12 +48,14 @@ class Attention:
 class Family:
     """A class of models. ``blocks`` are its lists of blocks, in the order they run, ``attention`` the name of
     the self-attention in a block, ``axes`` the rank of its grids, ``latents`` the argument that holds them,
+    ``rotary`` the submodule of the rotary tables, which every block gets,
     ``tables`` the submodules whose output has a row per token, and in which dimension."""
 
     blocks: tuple[str, ...] = ("transformer_blocks",)
     attention = "attn1"
     axes = 3
     latents = "hidden_states"
+    rotary = "rope"
     tables: Mapping[str, int] = MappingProxyType({"rope": 0})
 
     def layers(self, model: Any) -> list[Attention]:
@@ -108,6 +110,7 @@ class Flux(Family):
     blocks = ("transformer_blocks", "single_transformer_blocks")
     attention = "attn"
     axes = 2
+    rotary = "pos_embed"
     tables = MappingProxyType({})
 
     def see(self, model: Any, given: dict[str, Any]) -> Seen:
@@ -279,6 +282,16 @@ def name_of(model: Any) -> str:
 def _unwrapped(model: Any) -> Any:
     """A model without what torch.compile puts around it."""
     return getattr(model, "_orig_mod", model)
+
+
+def keeps_tokens(model: Any) -> str:
+    """Why tokens of a model must stay as they are from call to call: hooks of diffusers that remember them,
+    as its feature caches do; "" if there are none."""
+    for module in model.modules():
+        registry = getattr(module, "_diffusers_hook", None)
+        if registry is not None and any(hook._is_stateful for hook in registry.hooks.values()):
+            return "a cache of diffusers holds tokens of earlier calls"
+    return ""
 
 
 def replaced(output: Any, sample: Tensor) -> Any:

@@ -8,13 +8,16 @@ stay diffusers' own, and nothing outside the layer changes.
 
 from __future__ import annotations
 
+import copy
 import types
+from collections.abc import Iterable
 from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from gnaflex.checks import autocast
 from gnaflex.models.tokens import Tokens, attend, attend_tokens
 from gnaflex.spec import GNA, GNAError
 
@@ -58,7 +61,7 @@ def _call_image(
     attention_mask: Tensor | None = None,
     image_rotary_emb: Any = None,
 ) -> Any:
-    call, mask = _chosen(self, attention_mask)
+    call, mask = _chosen(self, attention_mask, image_rotary_emb)
     return call(attn, hidden_states, encoder_hidden_states, mask, image_rotary_emb)
 
 
@@ -70,7 +73,7 @@ def _call_wan(
     attention_mask: Tensor | None = None,
     rotary_emb: Any = None,
 ) -> Any:
-    call, mask = _chosen(self, attention_mask)
+    call, mask = _chosen(self, attention_mask, rotary_emb)
     return call(attn, hidden_states, encoder_hidden_states, mask, rotary_emb)
 
 
@@ -83,8 +86,16 @@ CALLS = {
 }
 
 
-def _chosen(processor: Any, mask: Tensor | None) -> tuple[Any, Any]:
+def mark(tables: tuple[Tensor, ...], layers: Iterable[Layer]) -> None:
+    """Write what layers are told now on a forward's rotary tables, for blocks that run again later, when
+    other forwards may have been told other things."""
+    tables[0].gnaflex_told = {layer: copy.copy(layer) for layer in layers}  # type: ignore[attr-defined]
+
+
+def _chosen(processor: Any, mask: Tensor | None, tables: Any) -> tuple[Any, Any]:
     layer = processor.gnaflex
+    if not torch.compiler.is_compiling() and tables is not None:
+        layer = getattr(tables[0], "gnaflex_told", {}).get(layer, layer)
     if not layer.sparse:
         return processor.dense_call, mask
     if mask is not None and layer.lengths is None:
@@ -118,6 +129,6 @@ def _dispatch(
         )
     layer: Layer = attn_mask
     if torch.compiler.is_compiling():
-        out: Tensor = attend_tokens(query, key, value, layer.lengths, layer.number)
+        out: Tensor = attend_tokens(*autocast(query, key, value), layer.lengths, layer.number)
         return out
     return attend(layer.tokens, query, key, value, layer.lengths)

@@ -20,10 +20,15 @@ class Clock:
     def __init__(self, pipe: Any = None, steps: int | None = None) -> None:
         self._pipe, self._given = pipe, steps
         self._of_run: Any = None  # the scheduler's timesteps when the run began
-        self._changes: list[int] = []  # before each of them, from where the run begins; the last is their step
+        self._changes: list[
+            int
+        ] = []  # before each of them, from where the run begins; the last is their step
         self._begin = 0
         self._first = self._last = 0.0
         self.step = -1
+
+    def __deepcopy__(self, memo: Any) -> Clock:
+        return self  # a copied model is in the same run; its pipeline is not copied with it
 
     @property
     def steps(self) -> int | None:
