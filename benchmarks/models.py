@@ -20,7 +20,7 @@ from gnaflex import models
 from gnaflex.spec import GNA, GNAError
 
 from .measure import Row, Timed, milliseconds, row
-from .problems import BLOCK, SETS, Problem
+from .problems import SETS
 
 ROUNDS = {"cpu": 9, "cuda": 5}
 WARM = 2  # calls of each before: "auto" goes over to tokens permuted once after the first
@@ -33,14 +33,16 @@ SPARSE = {  # "flex" is what permutes: a CPU's "auto" may take "sdpa", and a ker
 
 @dataclass(frozen=True)
 class Model:
-    """A stock transformer: its class, the problem its tokens are, what makes it narrow for a CPU, and how its
-    inputs are made from ``(model, grid, text, draw)``."""
+    """A stock transformer: its class, the problem its tokens are, how its inputs are made from ``(model,
+    grid, text, draw)``, its configuration, what makes it narrow for a CPU, and its text tokens in
+    self-attention, in whole blocks (others keep tokens from being permuted once), real and narrow."""
 
     cls: str
     problem: str
     inputs: Callable[[Any, tuple[int, ...], int, Callable[..., Tensor]], dict[str, Any]]
     config: dict[str, Any] = field(default_factory=dict)
     narrow: dict[str, Any] = field(default_factory=dict)
+    text: tuple[int, int] = (0, 0)
 
 
 def _flux_inputs(model: Any, grid: tuple[int, ...], text: int, draw: Callable[..., Tensor]) -> dict[str, Any]:
@@ -95,11 +97,13 @@ MODELS = {
         *("FluxTransformer2DModel", "FLUX.1-dev 4K", _flux_inputs),
         {"guidance_embeds": True},
         {**_JOINT, "axes_dims_rope": (16, 24, 24), "joint_attention_dim": 32, "in_channels": 16},
+        (512, 128),
     ),
     "HunyuanVideo": Model(
         *("HunyuanVideoTransformer3DModel", "HunyuanVideo, 256 text tokens", _hunyuan_inputs),
         {},
         {**_JOINT, **_AXES},
+        (256, 128),
     ),
     "Cosmos-7B": Model(
         *("CosmosTransformer3DModel", "Cosmos-7B", _video_inputs),
@@ -115,6 +119,7 @@ MODELS = {
         *("HunyuanVideoTransformer3DModel", "HunyuanVideo, default grid", _hunyuan_inputs),
         {},
         {**_JOINT, **_AXES},
+        (256, 128),
     ),
 }
 
@@ -122,23 +127,19 @@ MODELS = {
 def steps(name: str, which: str, device: torch.device, dtype: torch.dtype) -> Iterator[Row]:
     """Milliseconds of a step of one model, dense and sparse, in turn."""
     chosen, problem = MODELS[name], SETS[which][MODELS[name].problem]
-    model = built(chosen, device, dtype, narrow=which != "full")
-    inputs = chosen.inputs(model, problem.spec.shape, text_of(problem), drawn(device, dtype))
-    yield from _compared(model, inputs, problem, device, "")
+    narrow = which != "full"
+    model, text = built(chosen, device, dtype, narrow), chosen.text[narrow]
+    inputs = chosen.inputs(model, problem.spec.shape, text, drawn(device, dtype))
+    yield from _compared(name, model, inputs, problem.spec, text, device)
     if model._repeated_blocks:
         model.compile_repeated_blocks(fullgraph=True)
-        yield from _compared(model, inputs, problem, device, ", blocks compiled")
-
-
-def text_of(problem: Problem) -> int:
-    """Text tokens, in whole blocks: others keep tokens from being permuted once."""
-    return -(-(problem.prefix + problem.suffix) // BLOCK) * BLOCK
+        yield from _compared(f"{name}, blocks compiled", model, inputs, problem.spec, text, device)
 
 
 def _compared(
-    model: Any, inputs: dict[str, Any], problem: Problem, device: torch.device, how: str
+    name: str, model: Any, inputs: dict[str, Any], spec: GNA, text: int, device: torch.device
 ) -> Iterator[Row]:
-    switch = _Switch(model, problem.spec)
+    switch = _Switch(model, spec)
     calls, refused = {"dense": Timed(lambda state: _call(model, inputs), switch.off)}, {}
     for what, options in SPARSE.items():
         timed = Timed(lambda state: _call(model, inputs), partial(switch.on, **options))
@@ -152,23 +153,22 @@ def _compared(
     calls["dense"].call(None)
     taken = milliseconds(calls, dict.fromkeys(calls, ROUNDS[device.type]), device)
     switch.off()
-    predicted = _predicted(model, problem, device)
+    predicted = _predicted(model, spec, text, device)
     for what, values in taken.items():
-        yield row(f"{what}{how}", values, "ms", note=predicted["dense" if what == "dense" else "sparse"])
+        yield row(f"{name}: {what}", values, "ms", note=predicted["dense" if what == "dense" else "sparse"])
     for what, why in refused.items():
-        print(f"{what}{how} does not run: {why}")
+        print(f"{name}: {what} does not run: {why}")
 
 
-def _predicted(model: Any, problem: Problem, device: torch.device) -> dict[str, str]:
+def _predicted(model: Any, spec: GNA, text: int, device: torch.device) -> dict[str, str]:
     """What gnaflex.models.report says of a step, dense and sparse, for GPUs whose rates are known."""
     if device.type == "cpu":
         return {"dense": "", "sparse": ""}
-    spec = problem.spec
     try:
         (seconds,) = models.report(
             *(model, spec.window, spec.stride, spec.dilation),
             grid=spec.shape,
-            text=text_of(problem) or 512,
+            text=text or 512,
             device=torch.cuda.get_device_name(device),
         ).seconds
     except GNAError as error:

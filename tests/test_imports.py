@@ -97,7 +97,9 @@ MODELS_LAW = {
     "tokens": {"spec", "layout", "reorder", "checks", "dispatch", "routes", "operators", "door"},
     "processors": {"spec", "checks", "models.tokens"},
     "families": {"spec", "order", "reorder"},
+    "waiting": {"models.families"},
     "attached": {
+        "models.waiting",
         *("spec", "layout", "order", "reorder", "advice"),
         *("models.recipes", "models.steps", "models.tokens", "models.processors", "models.families"),
     },

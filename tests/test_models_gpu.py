@@ -6,7 +6,7 @@ import pytest
 import tiny_models
 import torch
 
-from benchmarks.models import MODELS, built, drawn, text_of
+from benchmarks.models import MODELS, built, drawn
 from benchmarks.problems import SETS
 from gnaflex import models
 
@@ -40,7 +40,7 @@ def test_sparse_equals_masked(name, permute, device):
 
 def _tiny(name: str, device: torch.device, dtype: torch.dtype) -> tiny_models.Tiny:
     chosen, problem = MODELS[name], SETS["small"][MODELS[name].problem]
-    model, text = built(chosen, device, dtype, narrow=True), text_of(problem)
+    model, text = built(chosen, device, dtype, narrow=True), chosen.text[1]
     given = chosen.inputs(model, problem.spec.shape, text, drawn(device, dtype))
     layers = model.config.num_layers + getattr(model.config, "num_single_layers", 0)
     return tiny_models.Tiny(

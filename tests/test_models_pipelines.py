@@ -167,6 +167,19 @@ def test_video_to_video_counts_the_steps_it_takes(attended):
     assert {*attended.steps} == {1, 2}
 
 
+@torch.no_grad()
+def test_a_loop_of_ones_own_counts_its_own_steps(attended):
+    run, latents = Run("wan"), torch.zeros(1, tiny.LATENT, *tiny._patched(SMALL))
+    with apply(run.pipe, 2, schedule=schedule(dense_last=1), backend="sdpa"):
+        run(4)  # the pipeline remembers how many steps it took
+        attended.steps.clear()
+        run.pipe.scheduler.set_timesteps(STEPS)
+        for attended.step, time in enumerate(run.pipe.scheduler.timesteps):
+            noise = run.pipe.transformer(latents, time.expand(1), run.call["prompt_embeds"])[0]
+            latents = run.pipe.scheduler.step(noise, time, latents)[0]
+    assert {*attended.steps} == {3, 4, 5, 6}
+
+
 def test_a_pipeline_that_was_aborted_begins_anew(attended):
     run = Run("wan")
 
@@ -269,3 +282,12 @@ def test_other_names_are_refused():
         apply(torch.nn.Linear(2, 2), 3)
     with pytest.raises(GNAError, match="windows of its own"):
         apply(tiny.ltx_decoder().model, recipe("cosmos-89"))
+
+
+def test_context_parallelism_is_refused():
+    model = tiny.flux()
+    with apply(model.model, 3):
+        for processor in model.model.attn_processors.values():
+            processor._parallel_config = object()  # as enable_parallelism does
+        with pytest.raises(GNAError, match="do not run under diffusers' context parallelism"):
+            tiny.run(model)

@@ -19,6 +19,7 @@ from gnaflex.models.processors import CALLS, Layer, layer_of, mark, with_neighbo
 from gnaflex.models.recipes import Recipe, problem_on
 from gnaflex.models.steps import Clock
 from gnaflex.models.tokens import Tokens
+from gnaflex.models.waiting import is_waiting, runs_compiled_again, watch
 from gnaflex.order import Document, Order
 from gnaflex.reorder import to_order
 from gnaflex.spec import GNA, GNAError
@@ -45,6 +46,7 @@ class Attached:
         for number, stock in self._stock.items():
             self.attentions[number].module.processor = with_neighborhood(stock, self.layers[number])
         self._order: Order | None = None  # of the call under way, if its tokens were permuted before
+        self._waiting: Any = None  # for a backward pass in which compiled blocks run again
         self._known: dict[Any, list[Tokens | None]] = {}
         self._all_dense: list[Tokens | None] = [None] * len(self.layers)
         self._said: set[str] = set()
@@ -75,6 +77,12 @@ class Attached:
             layout = self._order.documents[0].layout
             tokens = [one and replace(one, layout=layout) for one in tokens]
             given |= self.family.into_order(module, given, self._order)
+        if is_waiting(self._waiting) and any(map(Layer.differs, self.layers.values(), tokens)):
+            raise GNAError(
+                "compiled blocks run again under gradient checkpointing, and would take what this call tells "
+                "its layers for what an earlier one did: other windows, steps or grids.\n"
+                "  Call backward() between the two, or leave out the compilation or the checkpointing."
+            )
         for layer, one in zip(self.layers.values(), tokens, strict=True):
             layer.tell(one, seen.lengths)
         return None if self._order is None else ((), given)
@@ -82,10 +90,15 @@ class Attached:
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _after(self, module: Any, args: tuple[Any, ...], output: Any) -> Any:
         order, self._order = self._order, None
-        if order is None:
+        watched = runs_compiled_again(module, self.attentions)
+        if order is None and not watched:
             return None
         sample = output[0] if isinstance(output, tuple) else output.sample
-        return replaced(output, self.family.out_of_order(module, sample, order))
+        if order is not None:
+            sample = self.family.out_of_order(module, sample, order)
+        if watched:
+            sample, self._waiting = watch(sample)
+        return replaced(output, sample)
 
     def _hooks_of_tables(self) -> list[Any]:
         """Rotary tables, and whatever else has a row per token, follow the tokens. (What is hooked can be
@@ -106,7 +119,7 @@ class Attached:
 
     def _mark(self, module: Any, args: Any, output: tuple[Tensor, ...]) -> None:
         """Blocks that run again in a backward pass find there what they were told in their own forward."""
-        if torch.is_grad_enabled() and getattr(self.model, "gradient_checkpointing", False):
+        if torch.is_grad_enabled():
             mark(output, self.layers.values())
 
     # ---- what the layers compute ---------------------------------------------------------------------

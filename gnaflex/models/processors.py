@@ -38,6 +38,10 @@ class Layer:
         self.number = self.tokens.number
         self.lengths = lengths if self.tokens.has_lengths else None
 
+    def differs(self, tokens: Tokens | None) -> bool:
+        """Whether it computes something else, or may: lengths of text are numbers that nothing compares."""
+        return self.tokens != (tokens or _NOTHING) or self.tokens.has_lengths
+
 
 def with_neighborhood(stock: Any, layer: Layer) -> Any:
     """A processor like ``stock``, an instance of one of :data:`CALLS`, that does what a layer is told."""

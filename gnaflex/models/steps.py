@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 from torch import Tensor
@@ -23,7 +24,8 @@ class Clock:
         self._changes: list[
             int
         ] = []  # before each of them, from where the run begins; the last is their step
-        self._begin = 0
+        self._there: list[float] = []
+        self._begin, self._begin_is_known = 0, True
         self._first = self._last = 0.0
         self.step = -1
 
@@ -42,6 +44,8 @@ class Clock:
             self._begin_run()
         index = getattr(self._scheduler, "step_index", None)
         if index is not None and self._changes:
+            if not self._begin_is_known and self.step == 0:  # this is the call after the first step
+                self._begin_at(index - 1)
             self.step = self._changes[min(max(index - self._begin, 0), len(self._changes) - 1)]
         else:
             self._by_timestep(float(timestep.flatten()[-1]))  # on a GPU this waits for the step before
@@ -58,14 +62,18 @@ class Clock:
     def _begin_run(self) -> None:
         """Image-to-image leaves out the first timesteps: the scheduler knows how many, or the pipeline."""
         self._of_run, self.step = self._timesteps, -1
-        there = [] if self._of_run is None else self._of_run.tolist()
-        begin = getattr(self._scheduler, "begin_index", None)
-        if begin is None:
-            begin = len(there) - (getattr(self._pipe, "_num_timesteps", None) or len(there))
-        self._begin, changes = max(begin, 0), [0]
-        for before, now in zip(there[self._begin :], there[self._begin + 1 :], strict=False):
-            changes.append(changes[-1] + (now != before))
-        self._changes = changes if there else []
+        self._there = [] if self._of_run is None else self._of_run.tolist()
+        begin, count = getattr(self._scheduler, "begin_index", None), len(self._there)
+        if begin is None:  # the pipeline's count may be that of an earlier run
+            begin = count - (getattr(self._pipe, "_num_timesteps", None) or count)
+        self._begin_at(begin)
+        self._begin_is_known = getattr(self._scheduler, "begin_index", None) is not None
+
+    def _begin_at(self, begin: int) -> None:
+        self._begin, self._begin_is_known = max(begin, 0), True
+        taken = self._there[self._begin :]
+        changed = (now != before for before, now in itertools.pairwise(taken))
+        self._changes = [*itertools.accumulate(changed, initial=0)] if taken else []
 
     def _by_timestep(self, now: float) -> None:
         back = now != self._last and now == self._first
