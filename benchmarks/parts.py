@@ -39,7 +39,7 @@ def items(part: str, which: str, device: torch.device) -> dict[str, Item]:
     if part == "models":
         from .models import MODELS
 
-        return {name: Item(partial(_steps, name, which, device), LIMIT_S[which]) for name in MODELS}
+        return {name: Item(partial(_steps, name, which, device), LIMIT_S["full"]) for name in MODELS}
     quick = which == "quick"
     return {part: Item(partial(_module, part, quick), QUICK_S if quick else LONG_S)}
 

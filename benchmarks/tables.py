@@ -214,6 +214,17 @@ def _growth(folder: Path) -> str:
     return _markdown(("", "most tokens", "ms there", "time grows as tokens to the", "memory to the"), rows)
 
 
+def _models(folder: Path) -> str:
+    """Steps of whole models, dense and sparse."""
+    found: dict[str, dict[str, str]] = {}
+    for what, row in load(folder / "models.json").figures.items():
+        model, _, way = what.partition(": ")
+        found.setdefault(model, {})[way] = f"{_short(row['median'])} ms"
+    ways = list(dict.fromkeys(way for mine in found.values() for way in mine))
+    rows = [(model, *(mine.get(way, "") for way in ways)) for model, mine in found.items()]
+    return _markdown(("a step of", *ways), rows)
+
+
 TABLES: dict[str, Callable[[Path], str]] = {
     "masks": _masks,
     "masks with text": _joint_masks,
@@ -221,6 +232,7 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "backends": _backends,
     "costs": _costs,
     "growth": _growth,
+    "models": _models,
 }
 
 if __name__ == "__main__":

@@ -180,6 +180,13 @@ def test_a_loop_of_ones_own_counts_its_own_steps(attended):
     assert {*attended.steps} == {3, 4, 5, 6}
 
 
+def test_a_schedule_without_steps_does_not_wait_for_timesteps(monkeypatch):
+    monkeypatch.setattr("gnaflex.models.steps.Clock.tick", None)
+    run = Run("wan")
+    with apply(run.pipe, 2, schedule=Schedule(layers={0: None}), backend="sdpa"):
+        run()
+
+
 def test_a_pipeline_that_was_aborted_begins_anew(attended):
     run = Run("wan")
 
@@ -217,15 +224,7 @@ def two_images():
         (two_images, (3, 3), "its 252 tokens are no single grid by their img_ids"),
         (two_images, 3, "its 252 tokens are no single grid by their img_ids"),
     ],
-    ids=[
-        "image by wan",
-        "image by hunyuan",
-        "small video",
-        "small image",
-        "whole grid",
-        "two",
-        "two, scalar",
-    ],
+    ids=["wan image", "hunyuan image", "small video", "small image", "whole grid", "two", "two, scalar"],
 )
 @torch.no_grad()
 def test_what_cannot_be_sparse_stays_dense_and_says_so_once(build, window, reason, caplog):
