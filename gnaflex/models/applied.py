@@ -77,6 +77,9 @@ def apply(
             input and output if the model and the grid allow it, else in every layer; "once" raises where it
             cannot; "layer" always permutes in every layer.
 
+    Under gradient checkpointing blocks run again as their own forward was told; compiled ones cannot, so that
+    a second forward which tells them something else must wait for the backward pass of the first.
+
     Raises:
         GNAError: no known model, a processor that is not stock, a recipe that does not fit, or apply is in
             force already.

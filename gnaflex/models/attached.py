@@ -90,10 +90,11 @@ class Attached:
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _after(self, module: Any, args: tuple[Any, ...], output: Any) -> Any:
         order, self._order = self._order, None
-        watched = runs_compiled_again(module, self.attentions)
+        sample: Any = output[0] if isinstance(output, tuple) else getattr(output, "sample", None)
+        # what a control net returns is a list, which is not watched
+        watched = isinstance(sample, Tensor) and runs_compiled_again(module, self.attentions)
         if order is None and not watched:
             return None
-        sample = output[0] if isinstance(output, tuple) else output.sample
         if order is not None:
             sample = self.family.out_of_order(module, sample, order)
         if watched:
