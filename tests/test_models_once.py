@@ -17,7 +17,7 @@ pytest.importorskip("transformers", reason="the pipelines of diffusers import tr
 from gnaflex import GNAError, routes
 from gnaflex.models import Neighborhood, Schedule, apply, attached, tokens
 
-GRID, IMAGE = (2, 16, 16), (16, 16)  # four blocks of 128 tokens, and two
+GRID, IMAGE = (2, 16, 16), (8, 64)  # four blocks of 128 tokens, of which none is whole rows
 WINDOW = (2, 6, 6)
 
 
@@ -77,7 +77,7 @@ def flux_with_ids_in_a_batch():
 
 
 def flux_with_controls():
-    double, single = [[noise(2, 256, tiny.WIDTH) for _ in range(2)] for _ in range(2)]
+    double, single = [[noise(2, 512, tiny.WIDTH) for _ in range(2)] for _ in range(2)]
     return with_given(flux(), controlnet_block_samples=double, controlnet_single_block_samples=single[:1])
 
 
